@@ -1,0 +1,263 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"io"
+	"log"
+	"math/big"
+	"sync"
+	"time"
+
+	"github.com/davecgh/go-spew/spew"
+)
+
+// maxStake is the largest stake in tokens. A million validators with as much
+// each have 10^18 tokens, so no total overflows an int64.
+const maxStake = 1_000_000_000_000
+
+// A validator takes part in the lottery, from its join until it is disqualified
+// or the draw after its leave. The lottery's mutex guards it.
+type validator struct {
+	address string        // 64 hexadecimal digits
+	stake   int64         // tokens, 1 to maxStake
+	slot    int           // of its block in the round's tempBlocks, if that block is its own
+	gone    chan struct{} // made by leave, closed by the draw after it
+}
+
+// A lotteryPool holds the stakes of a round's candidates. It stands for the
+// tutorial's pool, in which a validator's address is repeated for each of its
+// tokens, but grows with the candidates, never with the tokens.
+type lotteryPool struct {
+	stakes []int64
+	total  int64 // of stakes
+}
+
+// winner returns which candidate holds the ticket, 0 <= ticket < total.
+func (p lotteryPool) winner(ticket int64) int {
+	i := 0
+	for ticket >= p.stakes[i] {
+		ticket -= p.stakes[i]
+		i++
+	}
+	return i
+}
+
+// A round is what one draw decides on.
+type round struct {
+	tempBlocks []Block      // the candidates, at most one a validator, in no order
+	pool       lotteryPool  // their stakes, in the order of tempBlocks
+	departed   []*validator // who left in this round and is gone after the draw
+}
+
+// proposed reports whether the validator has a candidate in the round.
+func (r *round) proposed(v *validator) bool {
+	return v.slot < len(r.tempBlocks) && r.tempBlocks[v.slot].Validator == v.address
+}
+
+// add makes block the validator's candidate.
+func (r *round) add(v *validator, block Block) {
+	v.slot = len(r.tempBlocks)
+	r.tempBlocks = append(r.tempBlocks, block)
+	r.pool.stakes = append(r.pool.stakes, v.stake)
+	r.pool.total += v.stake
+}
+
+// An audience hears what the lottery has to tell. It must not make the lottery
+// wait.
+type audience interface {
+	announce(winner Block)
+	broadcast(chain [][]byte) // pieces of JSON, as Blockchain.latest returns them
+}
+
+// A lottery decides, round by round, whose block joins the chain.
+type lottery struct {
+	roundInterval     time.Duration // between two draws
+	broadcastInterval time.Duration // between two broadcasts
+	broadcastBlocks   int           // in a broadcast; 0 is the whole chain
+	stdout            io.Writer     // gets each block of the chain as spew.Dump prints it
+	log               *log.Logger
+	chain             *Blockchain // run alone uses it
+
+	mu         sync.Mutex // guards the following, which change together
+	head       Block      // what candidates are built on: the chain's newest block, or the one being added
+	validators map[string]*validator
+	tokens     int64 // the validators' stakes
+	round      round
+	lastTick   time.Time // of the draws' ticker
+}
+
+// newLottery returns a lottery for the blocks after those of the chain. Its
+// intervals are set before it runs.
+func newLottery(chain *Blockchain, stdout io.Writer, logger *log.Logger) *lottery {
+	return &lottery{
+		chain:      chain,
+		stdout:     stdout,
+		log:        logger,
+		head:       chain.head,
+		validators: make(map[string]*validator),
+	}
+}
+
+// join makes a new validator and returns it with the number of validators and
+// of their tokens.
+func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64) {
+	// An address from the clock, as in the tutorial, can be guessed and can come twice.
+	random := make([]byte, 32)
+	rand.Read(random)
+	sum := sha256.Sum256(random)
+	v = &validator{address: hex.EncodeToString(sum[:]), stake: stake}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.validators[v.address] = v
+	l.tokens += stake
+	return v, len(l.validators), l.tokens
+}
+
+// propose makes a block with bpm the validator's candidate, unless it has one
+// in this round. It returns that candidate's Index, whether it is the new one,
+// and the time to the draw.
+func (l *lottery) propose(v *validator, bpm int) (index int, added bool, drawIn time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if added = !l.round.proposed(v); added {
+		l.round.add(v, generateBlock(l.head, bpm, v.address))
+	}
+	drawIn = l.roundInterval - time.Since(l.lastTick)%l.roundInterval
+	return l.round.tempBlocks[v.slot].Index, added, drawIn
+}
+
+// disqualify puts the validator out at once, with its stake and its candidate.
+func (l *lottery) disqualify(v *validator) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r := &l.round; r.proposed(v) {
+		last := len(r.tempBlocks) - 1
+		moved := l.validators[r.tempBlocks[last].Validator]
+		moved.slot = v.slot
+		r.tempBlocks[v.slot], r.pool.stakes[v.slot] = r.tempBlocks[last], r.pool.stakes[last]
+		r.tempBlocks, r.pool.stakes = r.tempBlocks[:last], r.pool.stakes[:last]
+		r.pool.total -= v.stake
+	}
+	l.remove(v)
+}
+
+// remove takes the validator and its stake off the books. mu is held.
+func (l *lottery) remove(v *validator) {
+	delete(l.validators, v.address)
+	l.tokens -= v.stake
+}
+
+// leave takes note that the validator has nothing more to say. Its stake and
+// its candidate stay until the draw; when that is over and announced, the
+// channel is closed.
+func (l *lottery) leave(v *validator) <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v.gone = make(chan struct{})
+	l.round.departed = append(l.round.departed, v)
+	return v.gone
+}
+
+// run draws a winner at every tick and broadcasts the chain at every tick of
+// another ticker, until ctx is done. Where both tick at once the draw comes
+// first. A draw that takes longer than a round skips ticks.
+func (l *lottery) run(ctx context.Context, everyone audience) error {
+	draws := time.NewTicker(l.roundInterval)
+	defer draws.Stop()
+	broadcasts := time.NewTicker(l.broadcastInterval)
+	defer broadcasts.Stop()
+	l.mu.Lock()
+	l.lastTick = time.Now()
+	l.mu.Unlock()
+
+	l.dump(l.chain.head)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case tick := <-draws.C:
+			l.pickWinner(tick, everyone)
+		case <-broadcasts.C:
+			select {
+			case tick := <-draws.C:
+				l.pickWinner(tick, everyone)
+			default:
+			}
+			everyone.broadcast(l.chain.latest(l.broadcastBlocks))
+		}
+	}
+}
+
+// pickWinner ends the round at its tick: it draws the winner, adds its block to
+// the chain, announces it and lets the departed go. The lock is not held
+// while the block is added. Meanwhile the next round is open, on the block that is
+// being added; if that fails, both rounds become one, on the old head, and
+// nobody is let go.
+func (l *lottery) pickWinner(tick time.Time, everyone audience) {
+	l.mu.Lock()
+	drawn, head := l.round, l.head
+	l.round = round{}
+	l.lastTick = tick
+	var slot int
+	if len(drawn.tempBlocks) > 0 {
+		slot = drawn.pool.winner(drawTicket(drawn.pool.total))
+		l.head = drawn.tempBlocks[slot]
+	}
+	winner := l.head
+	l.mu.Unlock()
+
+	if len(drawn.tempBlocks) > 0 {
+		if err := l.chain.append(winner); err != nil {
+			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
+			l.reopen(drawn, head)
+			return
+		}
+		l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
+			winner.Index, winner.Validator, drawn.pool.stakes[slot], len(drawn.tempBlocks), drawn.pool.total)
+		everyone.announce(winner)
+		l.dump(winner)
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, v := range drawn.departed {
+		l.remove(v)
+		close(v.gone)
+	}
+}
+
+// drawTicket returns a random ticket, 0 <= ticket < total.
+func drawTicket(total int64) int64 {
+	ticket, _ := rand.Int(rand.Reader, big.NewInt(total)) // rand.Reader never fails
+	return ticket.Int64()
+}
+
+// reopen takes a draw back: the candidates of the drawn round, and after them
+// those that came since, stand in the current round, built on head.
+func (l *lottery) reopen(drawn round, head Block) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	since := l.round
+	l.head = head
+	l.round = round{departed: append(drawn.departed, since.departed...)}
+	for _, block := range append(drawn.tempBlocks, since.tempBlocks...) {
+		v, in := l.validators[block.Validator]
+		if !in || l.round.proposed(v) {
+			continue
+		}
+		block.Index, block.PrevHash = head.Index+1, head.Hash
+		block.Hash = calculateBlockHash(block)
+		l.round.add(v, block)
+	}
+}
+
+// dump prints a block of the chain, in one write.
+func (l *lottery) dump(block Block) {
+	if _, err := io.WriteString(l.stdout, spew.Sdump(block)); err != nil {
+		l.log.Printf("cannot print block %d: %v", block.Index, err)
+	}
+}
