@@ -46,12 +46,12 @@ func calculateBlockHash(block Block) string {
 // nothing is what the genesis block is built on.
 var nothing = Block{Index: -1}
 
-// generateBlock returns the block that follows oldBlock, proposed now by the
-// validator at address.
-func generateBlock(oldBlock Block, BPM int, address string) Block {
+// generateBlock returns the block that follows oldBlock, as the validator at
+// address proposed it at that time.
+func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) Block {
 	newBlock := Block{
 		Index:     oldBlock.Index + 1,
-		Timestamp: time.Now().UTC().Format(time.RFC3339Nano),
+		Timestamp: proposed.UTC().Format(time.RFC3339Nano),
 		BPM:       BPM,
 		PrevHash:  oldBlock.Hash,
 		Validator: address,
@@ -93,7 +93,7 @@ const chunkSize = 1 << 20
 // newBlockchain returns a chain of the genesis block alone.
 func newBlockchain() *Blockchain {
 	chain := &Blockchain{head: nothing}
-	chain.grow(generateBlock(nothing, 0, ""))
+	chain.grow(generateBlock(nothing, 0, "", time.Now()))
 	return chain
 }
 

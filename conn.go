@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -36,17 +37,18 @@ const (
 	maxRefusals = 100
 
 	balanceLimit   = time.Minute            // from connecting to a token balance
-	stallLimit     = 10 * time.Second       // without a byte taken of what is written
+	nudgeInterval  = time.Second            // between two looks at who stalls
+	stallNudges    = 10                     // without a byte taken of what is written
 	stuckLimit     = time.Millisecond       // without a client served; see deliver
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
 
 var (
-	errLineTooLong = fmt.Errorf("a line is longer than %d bytes", maxLine)
-	errStalled     = fmt.Errorf("it took nothing for %v", stallLimit)
-	errHungUp      = errors.New("it sends nothing more")
-	errQueueFull   = fmt.Errorf("it is %d messages behind", maxWaiting)
+	errLongLine = fmt.Errorf("it sent a line of more than %d bytes", maxLine)
+	errHungUp   = errors.New("it sends nothing more")
+	errStalled  = fmt.Errorf("it took nothing for %v", stallNudges*nudgeInterval)
+	errBehind   = fmt.Errorf("it is %d messages behind", maxWaiting)
 )
 
 // A server holds the connections of the validators of one lottery.
@@ -56,17 +58,27 @@ type server struct {
 	log           *log.Logger
 
 	mu       sync.Mutex        // guards the following
-	sessions map[*session]bool // everyone connected, or gone with a stake in the round; true for those who hear announcements
-	admitted int               // sessions, without those that are refused because the server is full
-	ended    sync.WaitGroup    // handleConn's goroutines
+	sessions map[*session]role // everyone connected, or gone with a stake in the round
+	admitted int               // sessions that are not refused
+
+	ended sync.WaitGroup // counts the sessions
 }
+
+// A role is what a session is to the server.
+type role byte
+
+const (
+	refused role = iota // is being told that the server is full
+	guest               // has not staked yet
+	member              // is a validator, and hears what they all hear
+)
 
 func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server {
 	return &server{
 		lottery:       lottery,
 		maxValidators: maxValidators,
 		log:           logger,
-		sessions:      make(map[*session]bool),
+		sessions:      make(map[*session]role),
 	}
 }
 
@@ -76,6 +88,7 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 // may be there again by then.
 func (s *server) serve(ctx context.Context, listener net.Listener) {
 	defer context.AfterFunc(ctx, func() { listener.Close() })()
+	go s.nudge(ctx)
 	for delay := time.Duration(0); ctx.Err() == nil; {
 		conn, err := listener.Accept()
 		if err == nil {
@@ -106,42 +119,113 @@ func (s *server) serve(ctx context.Context, listener net.Listener) {
 	s.ended.Wait()
 }
 
+// nudge looks every nudgeInterval at who takes nothing of what is written. This
+// costs less than a deadline for every write.
+func (s *server) nudge(ctx context.Context) {
+	ticker := time.NewTicker(nudgeInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		s.mu.Lock()
+		for c := range s.sessions {
+			c.nudge()
+		}
+		s.mu.Unlock()
+	}
+}
+
 // open starts a session, if only to say that there is no room for it.
 func (s *server) open(ctx context.Context, conn net.Conn) {
 	c := newSession(conn)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	admit := s.admitted < s.maxValidators
-	if admit {
+	switch {
+	case s.admitted < s.maxValidators:
 		s.admitted++
-	} else if len(s.sessions)-s.admitted >= maxRefusals {
+		s.sessions[c] = guest
+		s.ended.Add(1)
+		go s.handleConn(ctx, c)
+	case len(s.sessions)-s.admitted < maxRefusals:
+		s.sessions[c] = refused
+		s.ended.Add(1)
+		go s.close(ctx, c, "server full, try again later\n")
+	default:
 		conn.Close()
-		return
 	}
-	s.sessions[c] = false
-	s.ended.Go(func() {
-		if admit {
-			s.handleConn(ctx, c)
-		} else {
-			c.end("server full, try again later\n")
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.sessions, c)
-		if admit {
-			s.admitted--
-		}
-	})
 }
 
-// handleConn is the one resident goroutine of a connection. It leads the client
-// from its token balance through its BPMs to the end of its session; all ways
-// out meet here.
+// handleConn leads a client from connecting to its token balance.
 func (s *server) handleConn(ctx context.Context, c *session) {
-	v, lastWords, err := s.converse(ctx, c)
-	if v != nil && ctx.Err() == nil {
-		// Its stake and its block stay until the draw, and if it can still
-		// listen it hears who wins.
+	c.conn.SetReadDeadline(time.Now().Add(balanceLimit))
+	c.say(balancePrompt)
+	stake, err := c.readNumber(1, maxStake, balancePrompt)
+	var bad badLine
+	switch {
+	case errors.As(err, &bad):
+		s.close(ctx, c, fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, bad))
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		s.close(ctx, c, fmt.Sprintf("\nno token balance within %v\n", balanceLimit))
+	case err != nil:
+		s.close(ctx, c, "")
+	default:
+		c.conn.SetReadDeadline(time.Time{})
+		v := s.join(c, int64(stake))
+		// Joining took a larger stack than waiting for a line does, and a stack
+		// never shrinks to less than 4 kB: the rest is for a new goroutine.
+		go s.takeBPMs(ctx, c, v)
+	}
+}
+
+// join makes the client a validator, who from now on hears what everyone hears.
+func (s *server) join(c *session, stake int64) *validator {
+	v, validators, tokens := s.lottery.join(newAddress(), stake)
+	s.mu.Lock()
+	s.sessions[c] = member
+	s.mu.Unlock()
+	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
+	c.say("validator ", v.address, " stakes ", strconv.FormatInt(stake, 10), " tokens\n", bpmPrompt)
+	return v
+}
+
+// takeBPMs is the one resident goroutine of a validator.
+func (s *server) takeBPMs(ctx context.Context, c *session, v *validator) {
+	for ctx.Err() == nil {
+		bpm, err := c.readNumber(-maxBPM, maxBPM, bpmPrompt)
+		if err != nil {
+			s.part(ctx, c, v, err)
+			return
+		}
+		s.propose(c, v, bpm)
+	}
+	s.close(ctx, c, "")
+}
+
+// propose proposes a block, and says so or that there is one already.
+func (s *server) propose(c *session, v *validator, bpm int) {
+	index, added, drawIn := s.lottery.propose(v, bpm)
+	already := ""
+	if !added {
+		already = "already "
+	}
+	c.say("block ", strconv.Itoa(index), " ", already, "proposed, draw in ", drawIn.Round(time.Second).String(), "\n", bpmPrompt)
+}
+
+// part ends the session of a validator who sends no more BPMs. What it sent
+// instead of one costs it its stake. If it sends nothing at all or was given up,
+// its stake and its block stay until the draw, and it hears that if it still listens.
+func (s *server) part(ctx context.Context, c *session, v *validator, err error) {
+	var bad badLine
+	if errors.As(err, &bad) {
+		s.lottery.disqualify(v)
+		s.log.Printf("validator %s dropped: not a BPM: %v", v.address, bad)
+		s.close(ctx, c, fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, v.stake))
+		return
+	}
+	if ctx.Err() == nil {
 		s.log.Printf("validator %s is out after the draw: %v", v.address, err)
 		c.listenOnly()
 		select {
@@ -150,82 +234,43 @@ func (s *server) handleConn(ctx context.Context, c *session) {
 		}
 		c.takeTurn()
 	}
+	s.close(ctx, c, "")
+}
+
+// close ends any session, with the last words for its client if there are any.
+func (s *server) close(ctx context.Context, c *session, lastWords string) {
 	if ctx.Err() != nil {
 		lastWords = "\nserver shutting down\n"
 	}
 	c.end(lastWords)
-}
-
-// converse reads a token balance and then BPMs for as long as the client sends
-// them. It returns the validator if its stake is still in when that ends, and
-// why it ended: in words for the client, if there are any, or as an error.
-func (s *server) converse(ctx context.Context, c *session) (v *validator, lastWords string, err error) {
-	c.conn.SetReadDeadline(time.Now().Add(balanceLimit))
-	c.say(balancePrompt)
-	stake, err := c.readNumber(1, maxStake, balancePrompt)
-	var refused refusedLine
-	switch {
-	case errors.As(err, &refused):
-		return nil, fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, refused), nil
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, fmt.Sprintf("\nno token balance within %v\n", balanceLimit), nil
-	case err != nil:
-		return nil, "", err
-	}
-	v = s.join(c, int64(stake))
-	c.conn.SetReadDeadline(time.Time{})
-	c.say(fmt.Sprintf("validator %s stakes %d tokens\n"+bpmPrompt, v.address, stake))
-
-	for ctx.Err() == nil {
-		bpm, err := c.readNumber(-maxBPM, maxBPM, bpmPrompt)
-		if errors.As(err, &refused) {
-			s.lottery.disqualify(v)
-			lastWords = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", refused, stake)
-			s.log.Printf("validator %s dropped: %s", v.address, lastWords)
-			return nil, lastWords, nil
-		}
-		if err != nil {
-			return v, "", err
-		}
-		index, added, drawIn := s.lottery.propose(v, bpm)
-		already := ""
-		if !added {
-			already = "already "
-		}
-		c.say(fmt.Sprintf("block %d %sproposed, draw in %v\n"+bpmPrompt, index, already, drawIn.Round(time.Second)))
-	}
-	return v, "", nil
-}
-
-// join makes the client a validator, who from now on hears what everyone hears.
-func (s *server) join(c *session, stake int64) *validator {
-	v, validators, tokens := s.lottery.join(stake)
+	defer s.ended.Done()
 	s.mu.Lock()
-	s.sessions[c] = true
-	s.mu.Unlock()
-	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
-	return v
+	defer s.mu.Unlock()
+	if s.sessions[c] != refused {
+		s.admitted--
+	}
+	delete(s.sessions, c)
 }
 
 // announce tells all validators who won.
 func (s *server) announce(winner Block) {
 	news := "\nwinning validator: " + winner.Validator + "\n" + bpmPrompt
-	s.tell(message{pieces: [][]byte{[]byte(news)}})
+	s.tell(&message{pieces: [][]byte{[]byte(news)}})
 }
 
 // broadcast sends the chain to all validators.
 func (s *server) broadcast(chain [][]byte) {
 	pieces := append([][]byte{[]byte("\n[")}, chain...)
-	s.tell(message{pieces: append(pieces, []byte("]\n"+bpmPrompt)), isChain: true})
+	s.tell(&message{pieces: append(pieces, []byte("]\n"+bpmPrompt)), isChain: true})
 }
 
 // tell puts the message in the outbox of each validator and sees that it is
 // delivered, without waiting for that.
-func (s *server) tell(m message) {
-	var listeners []*session
+func (s *server) tell(m *message) {
 	s.mu.Lock()
-	for c, listens := range s.sessions {
-		if listens {
+	listeners := make([]*session, 0, len(s.sessions))
+	for c, role := range s.sessions {
+		if role == member {
 			listeners = append(listeners, c)
 		}
 	}
@@ -285,10 +330,10 @@ type session struct {
 	mu          sync.Mutex // guards the following; never held while writing
 	turnOver    sync.Cond  // signals that busy is false again
 	busy        bool       // it is somebody's turn
-	waiting     []message
-	chainWaits  bool  // one of them, or the one being written, is a broadcast
-	listensOnly bool  // its sending half is closed
-	ended       bool  // its last words are said
+	chainWaits  bool       // one of the waiting, or the one being written, is a broadcast
+	listensOnly bool       // its sending half is closed
+	ended       bool       // its last words are said
+	waiting     []*message
 	err         error // why nothing can be said any more; conn is closed then
 }
 
@@ -303,70 +348,84 @@ func newSession(conn net.Conn) *session {
 	return c
 }
 
-// A refusedLine is an error: the beginning of a line that is not the number
-// that was asked for.
-type refusedLine string
+// A badLine is an error: the beginning of a line that is not the number that
+// was asked for.
+type badLine string
 
-func (r refusedLine) Error() string {
-	return fmt.Sprintf("got %q", string(r[:min(len(r), maxLine)]))
+func (b badLine) Error() string {
+	return fmt.Sprintf("got %q", string(b[:min(len(b), maxLine)]))
 }
 
-// readNumber returns the next whole number, which must be from low to high. It
-// answers blank lines with the prompt. Its error is a refusedLine, or says
-// why there are no more lines.
+// readNumber returns the next line that is not blank as a number, from low to
+// high. Blank lines are answered with the prompt. The error is a badLine, or says
+// why there are no more lines. The reader has the turn before and after, but not
+// while it waits for the client; so replies to lines that came together leave
+// together.
 func (c *session) readNumber(low, high int, prompt string) (int, error) {
 	for {
+		waits := !c.hasLine()
+		if waits {
+			c.endTurn()
+		}
 		line, err := c.readLine()
-		line = bytes.TrimSpace(line)
-		if err == nil && len(line) == 0 {
-			c.say(prompt)
-			continue
+		if waits {
+			if failed := c.takeTurn(); failed != nil {
+				return 0, failed
+			}
 		}
-		if err != nil && err != errLineTooLong {
+		switch {
+		case err == errLongLine:
+			return 0, badLine(line)
+		case err != nil:
 			return 0, err
+		case len(line) > 0:
+			return parseNumber(line, low, high)
 		}
-		number, notNumber := strconv.ParseInt(string(line), 10, 64)
-		if err != nil || notNumber != nil || number < int64(low) || number > int64(high) {
-			return 0, refusedLine(line)
-		}
-		return int(number), nil
+		c.say(prompt)
 	}
 }
 
-// readLine returns the next line, with its end if it has one: the last line
-// needs none. It is valid until the next call. Of a line longer than maxLine
-// the beginning is returned with errLineTooLong. The reader has the turn before
-// and after, but not while it waits for the client.
-func (c *session) readLine() (line []byte, err error) {
-	buffered, _ := c.lines.Peek(c.lines.Buffered())
-	if bytes.IndexByte(buffered, '\n') >= 0 {
-		line, err = c.lines.ReadSlice('\n')
-	} else {
-		c.endTurn()
-		line, err = c.lines.ReadSlice('\n')
-		if failed := c.takeTurn(); failed != nil {
-			return nil, failed
-		}
+// parseNumber returns the number that the line is, or else a badLine.
+func parseNumber(line []byte, low, high int) (int, error) {
+	number, err := strconv.ParseInt(string(line), 10, 64)
+	if err != nil || number < int64(low) || number > int64(high) {
+		return 0, badLine(line)
 	}
-	text := bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r"))
+	return int(number), nil
+}
+
+// hasLine reports whether a line, with its end, has been received already.
+func (c *session) hasLine() bool {
+	received, _ := c.lines.Peek(c.lines.Buffered())
+	return bytes.IndexByte(received, '\n') >= 0
+}
+
+// readLine returns the next line without its end and the blanks around it,
+// valid until the next call. The last line needs no end. Of a line longer than
+// maxLine the beginning comes with errLongLine.
+func (c *session) readLine() ([]byte, error) {
+	line, err := c.lines.ReadSlice('\n')
+	length := len(bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r")))
 	switch {
-	case err == bufio.ErrBufferFull || len(text) > maxLine:
-		return line, errLineTooLong
-	case err == io.EOF && len(line) > 0:
-		return line, nil
+	case err == bufio.ErrBufferFull || length > maxLine:
+		err = errLongLine
+	case err == io.EOF && length > 0:
+		err = nil
 	case err == io.EOF:
-		return nil, errHungUp
+		err = errHungUp
 	}
-	return line, err
+	return bytes.TrimSpace(line), err
 }
 
-// say adds a reply. The reader has the turn.
-func (c *session) say(text string) {
-	c.replies = append(c.replies, text...)
+// say adds to the replies. The reader has the turn.
+func (c *session) say(parts ...string) {
+	for _, part := range parts {
+		c.replies = append(c.replies, part...)
+	}
 }
 
-// takeTurn waits until it is the reader's turn to write, and what was waiting
-// is written. Its error says that nothing can be said any more.
+// takeTurn waits until it is the reader's turn, and writes what waits. Its error
+// says why nothing can be said any more.
 func (c *session) takeTurn() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -380,8 +439,11 @@ func (c *session) takeTurn() error {
 
 // endTurn writes the replies, and what was put into the outbox meanwhile.
 func (c *session) endTurn() {
+	err := c.write(c.replies)
+	c.replies = c.replies[:0]
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.fail(err)
 	c.drain()
 	c.busy = false
 	c.turnOver.Signal()
@@ -399,68 +461,75 @@ func (c *session) flush() {
 	}
 }
 
-// drain writes the replies and then what waits. It is called with mu held, by
-// whose turn it is, and lets go of mu while it writes.
+// drain writes what waits. It is called with mu held, by whose turn it is, and
+// lets go of mu while it writes.
 func (c *session) drain() {
-	if len(c.replies) > 0 {
-		c.write(c.replies)
-		c.replies = nil
-	}
 	for len(c.waiting) > 0 {
 		next := c.waiting[0]
-		c.waiting = c.waiting[1:]
-		c.write(next.pieces...)
+		c.waiting = slices.Delete(c.waiting, 0, 1)
+		c.mu.Unlock()
+		var err error
+		for i := 0; i < len(next.pieces) && err == nil; i++ {
+			err = c.write(next.pieces[i])
+		}
+		c.mu.Lock()
+		c.fail(err)
 		if next.isChain {
 			c.chainWaits = false
 		}
 	}
-	c.waiting = nil // and the array behind it
 }
 
-// write is drain's way of writing one message.
-func (c *session) write(pieces ...[]byte) {
-	c.mu.Unlock()
-	var err error
-	for _, piece := range pieces {
-		for len(piece) > 0 && err == nil {
-			var n int
-			c.conn.SetWriteDeadline(time.Now().Add(stallLimit))
-			n, err = c.conn.Write(piece)
-			piece = piece[n:]
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				if err = errStalled; n > 0 {
-					err = nil // slow is no fault
-				}
+// write writes for whose turn it is. The client may take the piece as slowly as
+// it likes, but must take some of it between stallNudges nudges.
+func (c *session) write(piece []byte) (err error) {
+	for nudges := 0; len(piece) > 0 && err == nil; {
+		var n int
+		n, err = c.conn.Write(piece)
+		piece = piece[n:]
+		if nudges++; n > 0 {
+			nudges = 0
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			if err = errStalled; nudges < stallNudges {
+				err = c.conn.SetWriteDeadline(time.Time{})
 			}
 		}
 	}
+	return err
+}
+
+// nudge interrupts a write, to see whether it gets anywhere.
+func (c *session) nudge() {
 	c.mu.Lock()
-	if err != nil {
-		c.fail(err)
+	defer c.mu.Unlock()
+	if c.busy {
+		c.conn.SetWriteDeadline(time.Now())
 	}
 }
 
-// fail gives up the connection, which wakes its reader. mu is held.
+// fail gives up the connection after an error, if it is one, which wakes its
+// reader. mu is held.
 func (c *session) fail(err error) {
-	if c.err == nil {
+	if err != nil && c.err == nil {
 		c.err, c.waiting = err, nil
 		c.conn.Close()
 	}
 }
 
-// put adds a message to what waits for the client. A client that lags too far
-// behind is dropped, but for a broadcast only the broadcast is.
-func (c *session) put(m message) {
+// put adds a message to what waits for the client. If that is too much already,
+// the client is given up; but if the message is a broadcast, it is left out.
+func (c *session) put(m *message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch full := len(c.waiting) == maxWaiting; {
 	case c.ended || c.err != nil:
 	case m.isChain && (full || c.chainWaits):
 	case full:
-		c.fail(errQueueFull)
+		c.fail(errBehind)
 	default:
 		if c.listensOnly && !m.isChain {
-			m.pieces = [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}
+			m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 		}
 		c.waiting = append(c.waiting, m)
 		c.chainWaits = c.chainWaits || m.isChain
@@ -481,15 +550,12 @@ func (c *session) listenOnly() {
 // seen; so what comes is thrown away, for a while.
 func (c *session) end(lastWords string) {
 	defer c.conn.Close()
+	c.endTurn()
+	c.takeTurn()
 	c.mu.Lock()
-	c.drain()
 	c.ended = true
-	if lastWords != "" && c.err == nil {
-		c.write([]byte(lastWords))
-	}
-	failed := c.err != nil
 	c.mu.Unlock()
-	if failed || lastWords == "" {
+	if lastWords == "" || c.write([]byte(lastWords)) != nil {
 		return
 	}
 	if conn, ok := c.conn.(interface{ CloseWrite() error }); ok {

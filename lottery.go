@@ -45,22 +45,32 @@ func (p lotteryPool) winner(ticket int64) int {
 	return i
 }
 
+// A candidate is a block as a validator proposes it. It becomes a Block when it
+// has won: made at once, as in the tutorial, it would follow a block that may
+// no longer be the newest by then.
+type candidate struct {
+	address  string // of the validator
+	bpm      int
+	proposed time.Time
+}
+
 // A round is what one draw decides on.
 type round struct {
-	tempBlocks []Block      // the candidates, at most one a validator, in no order
+	index      int          // of the block that the winner gets
+	tempBlocks []candidate  // at most one a validator, in no order
 	pool       lotteryPool  // their stakes, in the order of tempBlocks
 	departed   []*validator // who left in this round and is gone after the draw
 }
 
-// proposed reports whether the validator has a candidate in the round.
-func (r *round) proposed(v *validator) bool {
-	return v.slot < len(r.tempBlocks) && r.tempBlocks[v.slot].Validator == v.address
+// has reports whether the validator has a candidate in the round.
+func (r *round) has(v *validator) bool {
+	return v.slot < len(r.tempBlocks) && r.tempBlocks[v.slot].address == v.address
 }
 
-// add makes block the validator's candidate.
-func (r *round) add(v *validator, block Block) {
+// add puts the validator's candidate in.
+func (r *round) add(v *validator, c candidate) {
 	v.slot = len(r.tempBlocks)
-	r.tempBlocks = append(r.tempBlocks, block)
+	r.tempBlocks = append(r.tempBlocks, c)
 	r.pool.stakes = append(r.pool.stakes, v.stake)
 	r.pool.total += v.stake
 }
@@ -82,7 +92,6 @@ type lottery struct {
 	chain             *Blockchain // run alone uses it
 
 	mu         sync.Mutex // guards the following, which change together
-	head       Block      // what candidates are built on: the chain's newest block, or the one being added
 	validators map[string]*validator
 	tokens     int64 // the validators' stakes
 	round      round
@@ -96,47 +105,51 @@ func newLottery(chain *Blockchain, stdout io.Writer, logger *log.Logger) *lotter
 		chain:      chain,
 		stdout:     stdout,
 		log:        logger,
-		head:       chain.head,
+		round:      round{index: chain.head.Index + 1},
 		validators: make(map[string]*validator),
 	}
 }
 
-// join makes a new validator and returns it with the number of validators and
-// of their tokens.
-func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64) {
-	// An address from the clock, as in the tutorial, can be guessed and can come twice.
+// newAddress returns an address for a validator. One from the clock, as in the
+// tutorial, could come twice and be guessed.
+func newAddress() string {
 	random := make([]byte, 32)
-	rand.Read(random)
+	rand.Read(random) // never fails
 	sum := sha256.Sum256(random)
-	v = &validator{address: hex.EncodeToString(sum[:]), stake: stake}
+	return hex.EncodeToString(sum[:])
+}
 
+// join makes a validator of an address and returns it with the number of
+// validators and of their tokens.
+func (l *lottery) join(address string, stake int64) (v *validator, validators int, tokens int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.validators[v.address] = v
+	v = &validator{address: address, stake: stake}
+	l.validators[address] = v
 	l.tokens += stake
 	return v, len(l.validators), l.tokens
 }
 
-// propose makes a block with bpm the validator's candidate, unless it has one
-// in this round. It returns that candidate's Index, whether it is the new one,
-// and the time to the draw.
+// propose makes a candidate for the validator, unless it has one in this round.
+// It returns the Index that the candidate's block would get, whether the candidate
+// is a new one, and the time to the draw.
 func (l *lottery) propose(v *validator, bpm int) (index int, added bool, drawIn time.Duration) {
+	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if added = !l.round.proposed(v); added {
-		l.round.add(v, generateBlock(l.head, bpm, v.address))
+	if added = !l.round.has(v); added {
+		l.round.add(v, candidate{v.address, bpm, now})
 	}
-	drawIn = l.roundInterval - time.Since(l.lastTick)%l.roundInterval
-	return l.round.tempBlocks[v.slot].Index, added, drawIn
+	return l.round.index, added, l.roundInterval - now.Sub(l.lastTick)%l.roundInterval
 }
 
 // disqualify puts the validator out at once, with its stake and its candidate.
 func (l *lottery) disqualify(v *validator) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if r := &l.round; r.proposed(v) {
+	if r := &l.round; r.has(v) {
 		last := len(r.tempBlocks) - 1
-		moved := l.validators[r.tempBlocks[last].Validator]
+		moved := l.validators[r.tempBlocks[last].address]
 		moved.slot = v.slot
 		r.tempBlocks[v.slot], r.pool.stakes[v.slot] = r.tempBlocks[last], r.pool.stakes[last]
 		r.tempBlocks, r.pool.stakes = r.tempBlocks[:last], r.pool.stakes[:last]
@@ -193,27 +206,23 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 }
 
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
-// the chain, announces it and lets the departed go. The lock is not held
-// while the block is added. Meanwhile the next round is open, on the block that is
-// being added; if that fails, both rounds become one, on the old head, and
-// nobody is let go.
+// the chain, announces it and lets the departed go. While the block is being
+// added the next round is open already, since that may take long and must not
+// hold up anybody. If it fails, both rounds become one, and nobody is let go.
 func (l *lottery) pickWinner(tick time.Time, everyone audience) {
 	l.mu.Lock()
-	drawn, head := l.round, l.head
-	l.round = round{}
+	drawn := l.round
+	l.round = round{index: drawn.index + min(len(drawn.tempBlocks), 1)}
 	l.lastTick = tick
-	var slot int
-	if len(drawn.tempBlocks) > 0 {
-		slot = drawn.pool.winner(drawTicket(drawn.pool.total))
-		l.head = drawn.tempBlocks[slot]
-	}
-	winner := l.head
 	l.mu.Unlock()
 
 	if len(drawn.tempBlocks) > 0 {
+		slot := drawn.pool.winner(drawTicket(drawn.pool.total))
+		won := drawn.tempBlocks[slot]
+		winner := generateBlock(l.chain.head, won.bpm, won.address, won.proposed)
 		if err := l.chain.append(winner); err != nil {
 			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
-			l.reopen(drawn, head)
+			l.reopen(drawn)
 			return
 		}
 		l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
@@ -236,22 +245,17 @@ func drawTicket(total int64) int64 {
 	return ticket.Int64()
 }
 
-// reopen takes a draw back: the candidates of the drawn round, and after them
-// those that came since, stand in the current round, built on head.
-func (l *lottery) reopen(drawn round, head Block) {
+// reopen takes a draw back: the candidates of the drawn round, and of those that
+// came since the ones of other validators, are in the round that is open.
+func (l *lottery) reopen(drawn round) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	since := l.round
-	l.head = head
-	l.round = round{departed: append(drawn.departed, since.departed...)}
-	for _, block := range append(drawn.tempBlocks, since.tempBlocks...) {
-		v, in := l.validators[block.Validator]
-		if !in || l.round.proposed(v) {
-			continue
+	l.round = round{index: drawn.index, departed: append(drawn.departed, since.departed...)}
+	for _, c := range append(drawn.tempBlocks, since.tempBlocks...) {
+		if v, in := l.validators[c.address]; in && !l.round.has(v) {
+			l.round.add(v, c)
 		}
-		block.Index, block.PrevHash = head.Index+1, head.Hash
-		block.Hash = calculateBlockHash(block)
-		l.round.add(v, block)
 	}
 }
 
