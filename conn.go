@@ -61,7 +61,7 @@ type server struct {
 	sessions map[*session]role // everyone connected, or gone with a stake in the round
 	admitted int               // sessions that are not refused
 
-	ended sync.WaitGroup // counts the sessions
+	ended sync.WaitGroup // counts the sessions and the deliveries
 }
 
 // A role is what a session is to the server.
@@ -227,9 +227,12 @@ func (s *server) part(ctx context.Context, c *session, v *validator, err error) 
 	}
 	if ctx.Err() == nil {
 		s.log.Printf("validator %s is out after the draw: %v", v.address, err)
-		c.listenOnly()
+		c.mu.Lock() // no message may come between the two
+		c.gone = s.lottery.leave(v)
+		c.mu.Unlock()
+		c.endTurn()
 		select {
-		case <-s.lottery.leave(v):
+		case <-c.gone:
 		case <-ctx.Done():
 		}
 		c.takeTurn()
@@ -278,7 +281,7 @@ func (s *server) tell(m *message) {
 	for _, c := range listeners {
 		c.put(m)
 	}
-	go deliver(listeners)
+	s.ended.Go(func() { deliver(listeners) })
 }
 
 // deliver flushes the outboxes of all sessions, in a few goroutines rather than
@@ -327,14 +330,14 @@ type session struct {
 	lines   *bufio.Reader // the reader's own
 	replies []byte        // to lines that came together; whose turn it is has them
 
-	mu          sync.Mutex // guards the following; never held while writing
-	turnOver    sync.Cond  // signals that busy is false again
-	busy        bool       // it is somebody's turn
-	chainWaits  bool       // one of the waiting, or the one being written, is a broadcast
-	listensOnly bool       // its sending half is closed
-	ended       bool       // its last words are said
-	waiting     []*message
-	err         error // why nothing can be said any more; conn is closed then
+	mu         sync.Mutex // guards the following; never held while writing
+	turnOver   sync.Cond  // signals that busy is false again
+	busy       bool       // it is somebody's turn
+	chainWaits bool       // one of the waiting, or the one being written, is a broadcast
+	ended      bool       // its last words are said
+	waiting    []*message
+	err        error           // why nothing can be said any more; conn is closed then
+	gone       <-chan struct{} // set when its validator leaves, closed when that is over
 }
 
 // newSession returns a session in which it is the reader's turn.
@@ -522,26 +525,23 @@ func (c *session) fail(err error) {
 func (c *session) put(m *message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	select {
+	case <-c.gone:
+		return
+	default:
+	}
 	switch full := len(c.waiting) == maxWaiting; {
 	case c.ended || c.err != nil:
 	case m.isChain && (full || c.chainWaits):
 	case full:
 		c.fail(errBehind)
 	default:
-		if c.listensOnly && !m.isChain {
+		if c.gone != nil && !m.isChain {
 			m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 		}
 		c.waiting = append(c.waiting, m)
 		c.chainWaits = c.chainWaits || m.isChain
 	}
-}
-
-// listenOnly ends the reader's last turn: the client can only listen from now on.
-func (c *session) listenOnly() {
-	c.mu.Lock()
-	c.listensOnly = true
-	c.mu.Unlock()
-	c.endTurn()
 }
 
 // end says the last words, if there are any, after all else, and closes the

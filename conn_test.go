@@ -1,0 +1,673 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A buffer is a bytes.Buffer that may be written to and read from at once.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+// take returns what was written since the last take.
+func (b *buffer) take() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.b.Reset()
+	return b.b.String()
+}
+
+// A duplex is a connection of two pipes, one each way, so that either half can
+// be closed. Like a pipe it has no buffer.
+type duplex struct {
+	net.Conn          // to read from
+	out      net.Conn // to write to
+}
+
+func newDuplex() (client, server duplex) {
+	a, b := net.Pipe()
+	c, d := net.Pipe()
+	return duplex{a, d}, duplex{c, b}
+}
+
+func (d duplex) Write(p []byte) (int, error)        { return d.out.Write(p) }
+func (d duplex) SetWriteDeadline(t time.Time) error { return d.out.SetWriteDeadline(t) }
+func (d duplex) CloseWrite() error                  { return d.out.Close() }
+func (d duplex) Close() error                       { return errors.Join(d.Conn.Close(), d.out.Close()) }
+
+// A listener accepts what is sent to it: connections, or errors.
+type listener struct {
+	accepts chan any
+	closed  chan struct{}
+	close   sync.Once
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case a := <-l.accepts:
+		if err, ok := a.(error); ok {
+			return nil, err
+		}
+		return a.(net.Conn), nil
+	}
+}
+
+func (l *listener) Close() error {
+	l.close.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *listener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// A world is a server and its clients, all in one bubble of virtual time.
+type world struct {
+	*testing.T
+	*server
+	listener    *listener
+	stdout, log buffer
+	stop        func()
+}
+
+// testWorld runs f in a world of 30 second rounds. It starts halfway between
+// two seconds, so that nothing f does falls on the instant of a tick, and ends
+// when nothing of the world is left running.
+func testWorld(t *testing.T, f func(w *world)) {
+	t.Helper()
+	testWorldWith(t, func(*server) {}, f)
+}
+
+func testWorldWith(t *testing.T, set func(*server), f func(w *world)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{T: t, listener: &listener{accepts: make(chan any), closed: make(chan struct{})}}
+		logger := log.New(&w.log, "", 0)
+		l := newLottery(newBlockchain(), &w.stdout, logger)
+		l.roundInterval = 30 * time.Second
+		l.broadcastInterval = time.Minute
+		w.server = newServer(l, 1000, logger)
+		set(w.server)
+
+		ctx, stop := context.WithCancel(t.Context())
+		running, stopRunning := context.WithCancel(t.Context())
+		var ran, served sync.WaitGroup
+		ran.Go(func() { l.run(running, w.server) })
+		served.Go(func() { w.serve(ctx, w.listener) })
+		w.stop = func() {
+			stopRunning()
+			ran.Wait()
+			stop()
+			served.Wait()
+		}
+		time.Sleep(500 * time.Millisecond)
+		synctest.Wait()
+		f(w)
+		w.stop()
+	})
+}
+
+// advance lets time pass.
+func (w *world) advance(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// A client is the other end of a session. It reads all that it is told, unless
+// it is a deaf one.
+type client struct {
+	*world
+	net.Conn
+	heard   buffer
+	hungUp  chan struct{} // closed when the server has closed the connection
+	address string        // once it has joined
+}
+
+// connect returns a client that has heard nothing yet.
+func (w *world) connect() *client {
+	c := w.connectDeaf()
+	go func() {
+		io.Copy(&c.heard, c.Conn)
+		close(c.hungUp)
+	}()
+	return c
+}
+
+func (w *world) connectDeaf() *client {
+	mine, its := newDuplex()
+	c := &client{world: w, Conn: mine, hungUp: make(chan struct{})}
+	w.Cleanup(func() { mine.Close() })
+	w.listener.accepts <- net.Conn(its)
+	return c
+}
+
+// joinDeaf returns a client with one token that reads nothing more.
+func (w *world) joinDeaf() *client {
+	w.Helper()
+	c := w.connectDeaf()
+	io.ReadFull(c, make([]byte, len("Enter token balance:")))
+	c.send("1\n")
+	io.ReadFull(c, make([]byte, len("validator ")+64+len(" stakes 1 tokens\n\nEnter a new BPM:")))
+	synctest.Wait()
+	return c
+}
+
+var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
+
+// join returns a client that stakes so many tokens and has heard that it does.
+func (w *world) join(stake int) *client {
+	w.Helper()
+	c := w.connect()
+	c.send(fmt.Sprintf("%d\n", stake))
+	heard := c.heard.take()
+	match := welcome.FindStringSubmatch(heard)
+	if match == nil || match[0] != heard || match[2] != fmt.Sprint(stake) {
+		w.Fatalf("heard %q after staking %d", heard, stake)
+	}
+	c.address = match[1]
+	return c
+}
+
+// send sends text and waits until the server has dealt with it.
+func (c *client) send(text string) {
+	c.Helper()
+	if _, err := io.WriteString(c.Conn, text); err != nil {
+		c.Fatalf("sending %.100q: %v", text, err)
+	}
+	synctest.Wait()
+}
+
+// want is all that the client has heard since the last want.
+func (c *client) want(text string) {
+	c.Helper()
+	synctest.Wait()
+	if heard := c.heard.take(); heard != text {
+		c.Fatalf("heard %q\nwant  %q", heard, text)
+	}
+}
+
+// wantClosed is want, after which the server closes the connection.
+func (c *client) wantClosed(text string) {
+	c.Helper()
+	c.want(text)
+	select {
+	case <-c.hungUp:
+	default:
+		c.Fatal("the connection is open, want it closed")
+	}
+}
+
+// halfClose closes the client's sending half.
+func (c *client) halfClose() {
+	c.Conn.(duplex).CloseWrite()
+	synctest.Wait()
+}
+
+// wins is what everyone hears if the client does.
+func (c *client) wins() string { return "\nwinning validator: " + c.address + "\n\nEnter a new BPM:" }
+
+// wantLog is something that must have been logged since the last wantLog.
+func (w *world) wantLog(text string) {
+	w.Helper()
+	if logged := w.log.take(); !strings.Contains(logged, text) {
+		w.Fatalf("logged %q\nwant   %q in it", logged, text)
+	}
+}
+
+// wantInside is how many there are of validators and of their tokens.
+func (w *world) wantInside(validators int, tokens int64) {
+	w.Helper()
+	w.lottery.mu.Lock()
+	defer w.lottery.mu.Unlock()
+	if len(w.lottery.validators) != validators || w.lottery.tokens != tokens {
+		w.Fatalf("%d validators with %d tokens, want %d with %d", len(w.lottery.validators), w.lottery.tokens, validators, tokens)
+	}
+}
+
+func TestSession(t *testing.T) {
+	testWorld(t, func(w *world) {
+		c := w.connect()
+		c.want("Enter token balance:")
+		c.send("\n")
+		c.want("Enter token balance:")
+		c.send(" \t\r\n")
+		c.want("Enter token balance:")
+		c.send("100\n")
+		heard := c.heard.take()
+		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n\nEnter a new BPM:$`).MatchString(heard) {
+			t.Fatalf("heard %q", heard)
+		}
+		c.address = strings.Fields(heard)[1]
+		w.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
+		c.send("\r\n")
+		c.want("\nEnter a new BPM:")
+
+		w.advance(12100 * time.Millisecond) // 12.6 s of the round have passed
+		c.send("72\n")
+		c.want("block 1 proposed, draw in 17s\n\nEnter a new BPM:")
+		w.advance(5 * time.Second)
+		c.send("73\r\n")
+		c.want("block 1 already proposed, draw in 12s\n\nEnter a new BPM:")
+		w.advance(12 * time.Second)
+		c.want("")
+		w.stdout.take() // the genesis block
+		w.advance(time.Second)
+		c.want(c.wins())
+		w.wantLog("block 1: validator " + c.address + " wins with 100 tokens; candidates: 1, tokens: 100\n")
+		if dump := w.stdout.take(); !strings.HasPrefix(dump, "(main.Block) {\n Index: (int) 1,\n") || !strings.Contains(dump, " BPM: (int) 72,\n") {
+			t.Errorf("printed %s", dump)
+		}
+	})
+}
+
+// One who proposes nothing hears the winner and the chain too; a guest hears neither.
+func TestEverybodyHears(t *testing.T) {
+	testWorld(t, func(w *world) {
+		proposer, listener, guest := w.join(5), w.join(7), w.connect()
+		guest.want("Enter token balance:")
+		proposer.send("72\n")
+		proposer.heard.take()
+		w.advance(30 * time.Second)
+		proposer.want(proposer.wins())
+		listener.want(proposer.wins())
+
+		proposer.send("73\n")
+		proposer.want("block 2 proposed, draw in 30s\n\nEnter a new BPM:")
+		w.advance(29 * time.Second)
+		proposer.want("")
+		w.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
+		chain := "\n[" + string(bytes.Join(w.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		if !strings.Contains(chain, `"Index":2,`) {
+			t.Errorf("the chain is %s", chain)
+		}
+		proposer.want(proposer.wins() + chain)
+		listener.want(proposer.wins() + chain)
+		guest.wantClosed("\nno token balance within 1m0s\n")
+
+		w.advance(time.Minute) // rounds without a candidate say nothing
+		listener.want(chain)
+	})
+}
+
+func TestBroadcastBlocks(t *testing.T) {
+	set := func(s *server) {
+		s.lottery.broadcastBlocks = 2
+		s.lottery.roundInterval = time.Second
+		s.lottery.broadcastInterval = 10 * time.Second
+	}
+	testWorldWith(t, set, func(w *world) {
+		c := w.join(1)
+		for range 3 {
+			c.send("72\n")
+			w.advance(time.Second)
+		}
+		c.heard.take()
+		w.advance(7 * time.Second)
+		heard := c.heard.take()
+		if n := strings.Count(heard, `"Index"`); n != 2 || !strings.HasPrefix(heard, "\n[{\"Index\":2,") {
+			t.Errorf("heard %q", heard)
+		}
+	})
+}
+
+// A session says the same however its bytes are cut.
+func TestCutAnywhere(t *testing.T) {
+	const text = "\r\n 100 \r\n\n72\n73"
+	for cut := range len(text) {
+		testWorld(t, func(w *world) {
+			c := w.connect()
+			for _, part := range []string{text[:cut], text[cut:]} {
+				c.send(part)
+			}
+			c.halfClose() // the last line counts without its end
+			heard := c.heard.take()
+			address := regexp.MustCompile("[0-9a-f]{64}").FindString(heard)
+			want := "Enter token balance:Enter token balance:validator " + address + " stakes 100 tokens\n\nEnter a new BPM:" +
+				"\nEnter a new BPM:block 1 proposed, draw in 30s\n\nEnter a new BPM:block 1 already proposed, draw in 30s\n\nEnter a new BPM:"
+			if heard != want {
+				t.Errorf("cut at %d: heard %q\nwant %q", cut, heard, want)
+			}
+		})
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	const badBalance = "token balance must be a whole number from 1 to 1000000000000, got %s\n"
+	const badBPM = "BPM must be a whole number of at most 15 digits, got %s: 100 staked tokens forfeited\n"
+	long := strings.Repeat("x", 64)
+	for _, test := range []struct {
+		line           string
+		balance, quote string // what is staked, or else what is quoted
+		bpm            bool
+	}{
+		{line: "1", balance: "1", bpm: true},
+		{line: "+5", balance: "5", bpm: true},
+		{line: "007", balance: "7", bpm: true},
+		{line: " \t 42 \r", balance: "42", bpm: true},
+		{line: "1000000000000", balance: "1000000000000", bpm: true},
+		{line: strings.Repeat(" ", 62) + "42", balance: "42", bpm: true}, // 64 bytes
+		{line: strings.Repeat("0", 62) + "42\r", balance: "42", bpm: true},
+		{line: "0", quote: `"0"`, bpm: true},
+		{line: "-1", quote: `"-1"`, bpm: true},
+		{line: "1000000000001", quote: `"1000000000001"`, bpm: true},
+		{line: "999999999999999", quote: `"999999999999999"`, bpm: true},
+		{line: "-999999999999999", quote: `"-999999999999999"`, bpm: true},
+		{line: "1000000000000000", quote: `"1000000000000000"`},
+		{line: "-1000000000000000", quote: `"-1000000000000000"`},
+		{line: "99999999999999999999", quote: `"99999999999999999999"`},
+		{line: "abc", quote: `"abc"`},
+		{line: "5.0", quote: `"5.0"`},
+		{line: "0x5", quote: `"0x5"`},
+		{line: "1e3", quote: `"1e3"`},
+		{line: "1_000", quote: `"1_000"`},
+		{line: "1 2", quote: `"1 2"`},
+		{line: "٣", quote: `"٣"`},
+		{line: ` "quoted" `, quote: `"\"quoted\""`},
+		{line: "\x1b[2J\x07\x00\xff", quote: `"\x1b[2J\a\x00\xff"`},
+		{line: "72\r73", quote: `"72\r73"`},
+		{line: long, quote: `"` + long + `"`},
+		{line: long + "\r", quote: `"` + long + `"`},
+		{line: long + "y", quote: `"` + long + `"`},
+		{line: long + "yyy", quote: `"` + long + `"`},
+		{line: strings.Repeat("0", 63) + "42", quote: `"` + strings.Repeat("0", 63) + `4"`}, // 65 bytes
+		{line: strings.Repeat(" ", 65), quote: `""`},
+		{line: strings.Repeat("x", 1000), quote: `"` + long + `"`},
+	} {
+		t.Run(fmt.Sprintf("%.20q", test.line), func(t *testing.T) {
+			testWorld(t, func(w *world) {
+				c := w.connect()
+				c.want("Enter token balance:")
+				io.WriteString(c, test.line+"\n")
+				if test.balance != "" {
+					heard := c.heard.take()
+					synctest.Wait()
+					if heard += c.heard.take(); !strings.Contains(heard, " stakes "+test.balance+" tokens\n") {
+						t.Errorf("heard %q", heard)
+					}
+				} else {
+					c.wantClosed(fmt.Sprintf(badBalance, test.quote))
+					w.wantInside(0, 0)
+				}
+			})
+			testWorld(t, func(w *world) {
+				c := w.join(100)
+				io.WriteString(c, test.line+"\n")
+				if test.bpm {
+					c.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
+				} else {
+					c.wantClosed(fmt.Sprintf(badBPM, test.quote))
+					w.wantInside(0, 0)
+					w.wantLog("validator " + c.address + " dropped: not a BPM: got " + test.quote + "\n")
+				}
+			})
+		})
+	}
+}
+
+// A bad BPM takes the stake and the block with it, and only that validator's.
+func TestForfeit(t *testing.T) {
+	testWorld(t, func(w *world) {
+		bad, good := w.join(maxStake), w.join(1)
+		bad.send("72\n")
+		good.send("73\n")
+		bad.send("oops\n")
+		bad.wantClosed("block 1 proposed, draw in 30s\n\nEnter a new BPM:" +
+			"BPM must be a whole number of at most 15 digits, got \"oops\": 1000000000000 staked tokens forfeited\n")
+		w.wantInside(1, 1)
+		w.advance(30 * time.Second)
+		good.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:" + good.wins())
+	})
+}
+
+// What the client sends after a bad line is thrown away, for a moment, so that
+// it hears why; then the connection is closed whatever it does.
+func TestLastWordsAreHeard(t *testing.T) {
+	testWorld(t, func(w *world) {
+		c := w.join(100)
+		c.send("oops\n")
+		for range 1000 {
+			c.send(strings.Repeat("72\n", 30))
+		}
+		c.wantClosed("BPM must be a whole number of at most 15 digits, got \"oops\": 100 staked tokens forfeited\n")
+		w.advance(lastWordsLimit)
+		if _, err := io.WriteString(c, "72\n"); err == nil {
+			t.Error("the connection still takes lines")
+		}
+	})
+}
+
+func TestNoBalance(t *testing.T) {
+	testWorld(t, func(w *world) {
+		c := w.connect()
+		c.want("Enter token balance:")
+		w.advance(59 * time.Second)
+		c.send("\n1") // no more time for that
+		c.want("Enter token balance:")
+		w.advance(999 * time.Millisecond)
+		c.want("")
+		w.advance(time.Millisecond)
+		c.wantClosed("\nno token balance within 1m0s\n")
+
+		staked := w.join(100) // from then on there is no limit
+		w.advance(24 * time.Hour)
+		staked.heard.take()
+		staked.send("72\n")
+		staked.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
+	})
+}
+
+// Who hangs up before staking never was there.
+func TestHangUpBeforeBalance(t *testing.T) {
+	testWorld(t, func(w *world) {
+		for _, sent := range []string{"", "\n", " "} {
+			c := w.connect()
+			c.send(sent)
+			c.halfClose()
+			c.heard.take()
+			c.wantClosed("")
+		}
+		w.wantInside(0, 0)
+	})
+}
+
+func TestHalfClose(t *testing.T) {
+	testWorld(t, func(w *world) {
+		quiet := w.join(100)
+		quiet.halfClose()
+		quiet.want("")
+		w.wantInside(1, 100)
+		w.advance(30 * time.Second) // no winner, and all the same it is gone
+		quiet.wantClosed("")
+		w.wantInside(0, 0)
+
+		c := w.join(100)
+		c.send("72")
+		c.halfClose()
+		c.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
+		w.wantLog("validator " + c.address + " is out after the draw: it sends nothing more\n")
+		w.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
+		c.wantClosed("\nwinning validator: " + c.address + "\n")
+		w.wantInside(0, 0)
+	})
+}
+
+// A broadcast before the draw is heard with the prompt, as by everybody.
+func TestHalfCloseBroadcast(t *testing.T) {
+	set := func(s *server) { s.lottery.broadcastInterval = 20 * time.Second }
+	testWorldWith(t, set, func(w *world) {
+		c := w.join(100)
+		c.halfClose()
+		w.advance(20 * time.Second)
+		c.want("\n[" + string(bytes.Join(w.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:")
+		w.advance(10 * time.Second)
+		c.wantClosed("")
+	})
+}
+
+// The block of one who hangs up can still win.
+func TestHangUp(t *testing.T) {
+	testWorld(t, func(w *world) {
+		gone, stays := w.join(100), w.join(1)
+		gone.send("72\n")
+		gone.Close()
+		synctest.Wait()
+		w.wantInside(2, 101)
+		w.advance(30 * time.Second)
+		stays.want(gone.wins())
+		w.wantInside(1, 1)
+		w.advance(time.Minute)
+		if n := len(w.sessions); n != 1 {
+			t.Errorf("%d sessions, want 1", n)
+		}
+	})
+}
+
+func TestFull(t *testing.T) {
+	set := func(s *server) { s.maxValidators = 2 }
+	testWorldWith(t, set, func(w *world) {
+		member, guest := w.join(100), w.connect()
+		guest.want("Enter token balance:")
+		w.connect().wantClosed("server full, try again later\n")
+		guest.Close()
+		synctest.Wait()
+		second := w.join(200)
+		w.connect().wantClosed("server full, try again later\n")
+
+		// A stake that waits for the draw takes a place, a forfeited one does not.
+		second.Close()
+		synctest.Wait()
+		w.connect().wantClosed("server full, try again later\n")
+		w.advance(30 * time.Second)
+		third := w.join(300)
+		third.send("oops\n")
+		w.advance(lastWordsLimit)
+		w.join(400)
+
+		// Refusing has its bound too.
+		var turnedAway []*client
+		for range maxRefusals + 1 {
+			turnedAway = append(turnedAway, w.connectDeaf())
+		}
+		synctest.Wait()
+		if n := len(w.sessions); n != 2+maxRefusals {
+			t.Errorf("%d sessions, want %d", n, 2+maxRefusals)
+		}
+		if _, err := turnedAway[maxRefusals].Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("reading: %v, want EOF", err)
+		}
+		member.send("\n")
+		member.want("\nEnter a new BPM:")
+	})
+}
+
+// One who takes nothing is dropped, while its block stays in; one who takes a
+// byte now and then is not.
+func TestStall(t *testing.T) {
+	for pause, dropped := range map[time.Duration]bool{9 * time.Second: false, 12 * time.Second: true} {
+		testWorld(t, func(w *world) {
+			c := w.joinDeaf()
+			c.send("72\n")
+			w.log.take()
+			for range 3 {
+				w.advance(pause)
+				c.Read(make([]byte, 1))
+			}
+			if stalled := strings.Contains(w.log.take(), " is out after the draw: it took nothing for 10s\n"); stalled != dropped {
+				t.Errorf("a byte every %v: dropped: %v, want %v", pause, stalled, dropped)
+			}
+		})
+	}
+	testWorld(t, func(w *world) {
+		c := w.joinDeaf()
+		c.send("72\n")
+		w.advance(11 * time.Second)
+		w.wantInside(1, 1)
+		w.log.take()
+		w.advance(20 * time.Second)
+		w.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
+		w.wantInside(0, 0)
+	})
+}
+
+// Draws wait for a client that does not read, but only so many.
+func TestBehind(t *testing.T) {
+	set := func(s *server) { s.lottery.roundInterval = 10 * time.Millisecond }
+	testWorldWith(t, set, func(w *world) {
+		c, deaf := w.join(1), w.joinDeaf()
+		deaf.send("72\n")
+		w.advance(10 * time.Millisecond)
+		w.wantInside(2, 2)
+		for range 1 + maxWaiting {
+			c.send("72\n")
+			w.advance(10 * time.Millisecond)
+			w.log.take()
+		}
+		w.wantInside(1, 1)
+	})
+}
+
+// A failing Accept is tried again, later and later, and then all is as before.
+func TestAcceptFails(t *testing.T) {
+	testWorld(t, func(w *world) {
+		member := w.join(100)
+		fail := func(delay string) {
+			t.Helper()
+			w.log.take()
+			w.listener.accepts <- errors.New("too many open files")
+			synctest.Wait()
+			w.wantLog("cannot accept a connection, trying again in " + delay + ": too many open files\n")
+			member.send("\n") // who is in notices nothing
+			member.want("\nEnter a new BPM:")
+		}
+		waited := time.Duration(0)
+		for _, delay := range []string{"5ms", "10ms", "20ms", "40ms", "80ms", "160ms", "320ms", "640ms", "1s", "1s"} {
+			start := time.Now()
+			fail(delay)
+			if d := time.Since(start); d != waited {
+				t.Errorf("waited %v, want %v", d, waited)
+			}
+			waited, _ = time.ParseDuration(delay)
+		}
+		w.join(200)
+		fail("5ms")
+	})
+}
+
+func TestStop(t *testing.T) {
+	testWorld(t, func(w *world) {
+		guest, member, half, deaf := w.connect(), w.join(100), w.join(200), w.connectDeaf()
+		guest.want("Enter token balance:")
+		member.send("7") // half a line
+		half.halfClose()
+		start := time.Now()
+		w.stop()
+		guest.wantClosed("\nserver shutting down\n")
+		member.wantClosed("\nserver shutting down\n")
+		half.wantClosed("\nserver shutting down\n")
+		if d := time.Since(start); d > stopLimit {
+			t.Errorf("stopped after %v, want at most %v", d, stopLimit)
+		}
+		if _, err := deaf.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("reading: %v, want EOF", err)
+		}
+	})
+}

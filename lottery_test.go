@@ -1,0 +1,325 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"math/rand/v2"
+	"regexp"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// expandedPool is the tutorial's pool: each candidate once for each of its tokens.
+func expandedPool(stakes []int64) (pool []int) {
+	for i, stake := range stakes {
+		for range stake {
+			pool = append(pool, i)
+		}
+	}
+	return pool
+}
+
+func newPool(stakes ...int64) (p lotteryPool) {
+	for _, stake := range stakes {
+		p.stakes = append(p.stakes, stake)
+		p.total += stake
+	}
+	return p
+}
+
+func TestPoolIsTheTutorials(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	sizes := make(map[int]bool)
+	for range 300 {
+		stakes := make([]int64, 1+random.IntN(20))
+		for i := range stakes {
+			stakes[i] = 1 + random.Int64N(40)
+		}
+		pool := newPool(stakes...)
+		want := expandedPool(stakes)
+		if pool.total != int64(len(want)) {
+			t.Fatalf("stakes %v: total is %d, want %d", stakes, pool.total, len(want))
+		}
+		for ticket := range want {
+			if got := pool.winner(int64(ticket)); got != want[ticket] {
+				t.Fatalf("stakes %v: ticket %d is of candidate %d, want %d", stakes, ticket, got, want[ticket])
+			}
+		}
+		sizes[len(stakes)] = true
+	}
+	if len(sizes) != 20 {
+		t.Errorf("pools of %d sizes were tried, want 20", len(sizes))
+	}
+}
+
+// A million stakes as large as may be, at the ends of each.
+func TestPoolOfTheLargest(t *testing.T) {
+	pool := lotteryPool{stakes: make([]int64, 1_000_000)}
+	for i := range pool.stakes {
+		pool.stakes[i] = maxStake
+		pool.total += maxStake
+	}
+	for _, i := range []int64{0, 1, 500_000, 999_999} {
+		for _, ticket := range []int64{i * maxStake, (i+1)*maxStake - 1} {
+			if got := pool.winner(ticket); got != int(i) {
+				t.Errorf("ticket %d is of candidate %d, want %d", ticket, got, i)
+			}
+		}
+	}
+	for range 1000 {
+		if ticket := drawTicket(pool.total); ticket < 0 || ticket >= pool.total {
+			t.Fatalf("ticket %d of %d", ticket, pool.total)
+		}
+	}
+}
+
+// The shares of wins fit the stakes: chi-square over 9 degrees of freedom. By
+// chance it is above 60 once in a billion runs.
+func TestSharesFitStakes(t *testing.T) {
+	const draws = 200_000
+	pool := newPool(1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+	wins := make([]float64, len(pool.stakes))
+	for range draws {
+		wins[pool.winner(drawTicket(pool.total))]++
+	}
+	chiSquare := 0.0
+	for i, stake := range pool.stakes {
+		expected := draws * float64(stake) / float64(pool.total)
+		chiSquare += (wins[i] - expected) * (wins[i] - expected) / expected
+	}
+	if chiSquare > 60 {
+		t.Errorf("chi-square is %.1f, want at most 60; wins %v for stakes %v", chiSquare, wins, pool.stakes)
+	}
+}
+
+// A crowd is an audience that remembers the winners.
+type crowd struct{ winners []string }
+
+func (c *crowd) announce(winner Block)    { c.winners = append(c.winners, winner.Validator) }
+func (c *crowd) broadcast(chain [][]byte) {}
+
+func testLottery() *lottery {
+	l := newLottery(newBlockchain(), io.Discard, log.New(io.Discard, "", 0))
+	l.roundInterval = time.Hour
+	return l
+}
+
+// joinMany returns validators with these stakes.
+func joinMany(l *lottery, stakes ...int64) (vs []*validator) {
+	for _, stake := range stakes {
+		v, _, _ := l.join(newAddress(), stake)
+		vs = append(vs, v)
+	}
+	return vs
+}
+
+// blocks returns the blocks of a chain after checking all of them.
+func blocks(t *testing.T, c *Blockchain) (all []Block) {
+	t.Helper()
+	text := "[" + string(bytes.Join(c.latest(0), nil)) + "]"
+	if err := json.Unmarshal([]byte(text), &all); err != nil {
+		t.Fatalf("%v in %.300s", err, text)
+	}
+	last := nothing
+	for _, block := range all {
+		if err := validateBlock(block, last); err != nil {
+			t.Fatalf("block %d: %v", block.Index, err)
+		}
+		last = block
+	}
+	if last != c.head {
+		t.Fatalf("the head is %v, want the last block, %v", c.head, last)
+	}
+	return all
+}
+
+func TestRounds(t *testing.T) {
+	l, heard := testLottery(), new(crowd)
+	draw := func() { l.pickWinner(time.Now(), heard) }
+	want := func(winners ...string) {
+		t.Helper()
+		if fmt.Sprint(heard.winners) != fmt.Sprint(winners) {
+			t.Fatalf("winners %v, want %v", heard.winners, winners)
+		}
+		heard.winners = nil
+	}
+
+	draw() // nobody there
+	want()
+	vs := joinMany(l, 10, maxStake, 1)
+	draw() // nobody has proposed
+	want()
+	if index, added, _ := l.propose(vs[0], 72); index != 1 || !added {
+		t.Errorf("propose: %d, %v", index, added)
+	}
+	if index, added, _ := l.propose(vs[0], 73); index != 1 || added {
+		t.Errorf("propose again: %d, %v", index, added)
+	}
+	draw() // one candidate
+	want(vs[0].address)
+	if got := l.chain.head; got.BPM != 72 || got.Index != 1 {
+		t.Errorf("the block is %v", got)
+	}
+	draw() // its candidate was for one round
+	want()
+
+	// Disqualified between its block and the draw: first, last and only candidate.
+	for _, v := range vs {
+		l.propose(v, 72)
+	}
+	l.disqualify(vs[1])
+	l.disqualify(vs[2])
+	draw()
+	want(vs[0].address)
+	l.propose(vs[0], 72)
+	l.disqualify(vs[0])
+	draw()
+	want()
+	if len(l.validators) != 0 || l.tokens != 0 {
+		t.Errorf("%d validators with %d tokens are left", len(l.validators), l.tokens)
+	}
+
+	// Gone between its block and the draw.
+	v := joinMany(l, 5)[0]
+	l.propose(v, 72)
+	gone := l.leave(v)
+	draw()
+	want(v.address)
+	<-gone
+	if len(l.validators) != 0 || l.tokens != 0 {
+		t.Errorf("%d validators with %d tokens are left", len(l.validators), l.tokens)
+	}
+	blocks(t, l.chain)
+}
+
+// Disqualifying in any order keeps the pool what the candidates make it.
+func TestDisqualifyKeepsPool(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		l := testLottery()
+		stakes := make(map[*validator]int64)
+		for range 1 + random.IntN(12) {
+			stake := 1 + random.Int64N(9)
+			v := joinMany(l, stake)[0]
+			if random.IntN(4) > 0 {
+				l.propose(v, 72)
+			}
+			stakes[v] = stake
+		}
+		for v := range stakes {
+			if random.IntN(2) == 0 {
+				l.disqualify(v)
+				delete(stakes, v)
+			}
+		}
+		want := int64(0)
+		candidates := 0
+		for v, stake := range stakes {
+			if l.round.has(v) {
+				candidates++
+				want += stake
+				if got := l.round.pool.stakes[v.slot]; got != stake {
+					t.Fatalf("the pool has a stake of %d, want %d", got, stake)
+				}
+			}
+		}
+		if len(l.round.tempBlocks) != candidates || len(l.round.pool.stakes) != candidates || l.round.pool.total != want {
+			t.Fatalf("%d candidates, %d stakes, total %d, want %d, %d, %d", len(l.round.tempBlocks),
+				len(l.round.pool.stakes), l.round.pool.total, candidates, candidates, want)
+		}
+	}
+}
+
+// Validators come, propose and go while winners are drawn: no block is stale,
+// and who was told of a block of its own has been in that draw.
+func TestProposeWhileDrawing(t *testing.T) {
+	const rounds, proposers = 5000, 8
+	l, heard := testLottery(), new(crowd)
+	ctx, stop := context.WithCancel(t.Context())
+	var proposing sync.WaitGroup
+	for i := range proposers {
+		proposing.Go(func() {
+			random := rand.New(rand.NewPCG(5, uint64(i)))
+			v := joinMany(l, 1+random.Int64N(maxStake))[0]
+			for last := 0; ctx.Err() == nil; {
+				index, added, _ := l.propose(v, random.IntN(200))
+				if added == (index == last) || index < last {
+					t.Errorf("proposed block %d, added: %v, after block %d", index, added, last)
+				}
+				last = index
+				switch random.IntN(10) {
+				case 0:
+					l.disqualify(v)
+					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
+				case 1:
+					l.leave(v)
+					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
+				}
+			}
+		})
+	}
+	for len(heard.winners) < rounds {
+		l.pickWinner(time.Now(), heard)
+	}
+	stop()
+	proposing.Wait()
+	chain := blocks(t, l.chain)
+	for i, winner := range heard.winners {
+		if chain[i+1].Validator != winner {
+			t.Fatalf("%s was announced for block %d, which is of %s", winner, i+1, chain[i+1].Validator)
+		}
+	}
+	if len(chain) != 1+len(heard.winners) {
+		t.Errorf("%d blocks for %d winners", len(chain), len(heard.winners))
+	}
+	if len(l.validators) > proposers+len(l.round.departed) {
+		t.Errorf("%d validators are left", len(l.validators))
+	}
+}
+
+// Each winner of thousands of rounds is heard exactly once by each validator,
+// while they all propose as fast as they can.
+func TestEachWinnerIsHeardOnce(t *testing.T) {
+	const rounds, clients = 2000, 20
+	testWorld(t, func(w *world) {
+		var all []*client
+		for range clients {
+			all = append(all, w.join(1+rand.IntN(1000)))
+		}
+		for w.lottery.round.index <= rounds {
+			var sending sync.WaitGroup
+			for _, c := range all {
+				sending.Go(func() {
+					for range 50 {
+						io.WriteString(c, "72\n73\n")
+					}
+				})
+			}
+			for range maxWaiting / 2 {
+				w.lottery.pickWinner(time.Now(), w.server)
+			}
+			sending.Wait()
+			time.Sleep(stuckLimit) // before any falls behind
+			synctest.Wait()
+		}
+		chain := blocks(t, w.lottery.chain)
+		won := regexp.MustCompile("winning validator: ([0-9a-f]{64})\n")
+		for i, c := range all {
+			heard := won.FindAllStringSubmatch(c.heard.take(), -1)
+			if len(heard) != len(chain)-1 {
+				t.Fatalf("client %d heard of %d winners, want %d", i, len(heard), len(chain)-1)
+			}
+			for n, match := range heard {
+				if match[1] != chain[n+1].Validator {
+					t.Fatalf("client %d heard of %s, want %s", i, match[1], chain[n+1].Validator)
+				}
+			}
+		}
+	})
+}
