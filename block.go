@@ -1,11 +1,21 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -32,6 +42,45 @@ func (b Block) appendJSON(dst []byte) []byte {
 		dst = append(append(dst, jsonParts[i]...), value...)
 	}
 	return append(dst, jsonParts[len(jsonParts)-1]...)
+}
+
+// parseBlock is the inverse of appendJSON. It refuses what appendJSON would
+// have written differently.
+func parseBlock(object string) (Block, error) {
+	var values [len(jsonParts)]string // what stands before each part; before the first, nothing
+	rest := object
+	for i, part := range jsonParts {
+		var found bool
+		if values[i], rest, found = strings.Cut(rest, part); !found {
+			return Block{}, fmt.Errorf("want %s in it", part)
+		}
+	}
+	block := Block{Timestamp: values[2], Hash: values[4], PrevHash: values[5], Validator: values[6]}
+	var err error
+	if block.Index, err = strconv.Atoi(values[1]); err != nil {
+		return Block{}, fmt.Errorf("its Index is not a number: %w", err)
+	}
+	if block.BPM, err = strconv.Atoi(values[3]); err != nil {
+		return Block{}, fmt.Errorf("its BPM is not a number: %w", err)
+	}
+	if !isPlain(block.Timestamp) || !isPlain(block.Validator) {
+		return Block{}, fmt.Errorf("want letters, digits and :.+- alone in its Timestamp %q and its Validator %q", block.Timestamp, block.Validator)
+	}
+	if string(block.appendJSON(make([]byte, 0, 384))) != object {
+		return Block{}, fmt.Errorf("want it to be %s", block.appendJSON(nil))
+	}
+	return block, nil
+}
+
+// isPlain reports whether s has nothing in it that JSON would have to escape,
+// or that a terminal would obey. Times and addresses have not.
+func isPlain(s string) bool {
+	for _, c := range []byte(s) {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != ':' && c != '.' && c != '+' && c != '-' {
+			return false
+		}
+	}
+	return true
 }
 
 // calculateBlockHash returns the hexadecimal SHA-256 of the block's JSON object
@@ -78,41 +127,184 @@ func validateBlock(newBlock, oldBlock Block) error {
 }
 
 // A Blockchain is an append-only list of blocks, held as the JSON that is
-// broadcast. It belongs to one goroutine, but what latest returned may be read
-// by others at any time: bytes once written never change or move.
+// broadcast, and in a file with a block a line unless it is in memory only. It
+// belongs to one goroutine, but what latest returned may be read by others at any
+// time: bytes once written never change or move.
 type Blockchain struct {
-	head   Block    // the newest block
-	chunks [][]byte // the blocks' JSON objects, a comma after each; none is split over two chunks
+	head   Block     // the newest block
+	chunks [][]byte  // the blocks' JSON objects, a comma after each; none is split over two chunks
+	file   chainFile // nil if the chain is in memory only
+	size   int64     // of the file, in bytes
 }
+
+// A chainFile is what a Blockchain needs of an os.File that is open for appending.
+type chainFile interface {
+	Name() string
+	Stat() (fs.FileInfo, error)
+	Write([]byte) (int, error)
+	Sync() error
+	Truncate(size int64) error
+}
+
+// errChainLost is in the errors after which the chain's file can no longer be
+// vouched for.
+var errChainLost = errors.New("the chain cannot go on")
 
 // chunkSize is the capacity of a chunk in bytes. A slice that grew as one piece
 // would at times hold twice the chain, once more for each client still reading
 // an older copy.
 const chunkSize = 1 << 20
 
-// newBlockchain returns a chain of the genesis block alone.
-func newBlockchain() *Blockchain {
-	chain := &Blockchain{head: nothing}
-	chain.grow(generateBlock(nothing, 0, "", time.Now()))
-	return chain
+// openBlockchain returns the chain in the file of that name, or a new one that is
+// kept there from now on. Without a name the chain is in memory only.
+func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
+	c := &Blockchain{head: nothing}
+	if name == "" {
+		return c, c.append(generateBlock(nothing, 0, "", time.Now()))
+	}
+	file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.load(file, logger); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
-// append puts a block that is valid on top of the head on the chain.
+// load makes the file the chain's. The file is changed only if all its lines
+// are valid: a last line without its end, which cannot have been announced, is
+// dropped with a warning, and an empty file gets a genesis block.
+func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", file.Name())
+	}
+	for lines := bufio.NewReaderSize(file, 64<<10); ; {
+		line, err := lines.ReadSlice('\n')
+		whole := err == nil
+		for err == bufio.ErrBufferFull {
+			_, err = lines.ReadSlice('\n')
+		}
+		if err == io.EOF {
+			break
+		}
+		var block Block
+		if err == nil && !whole {
+			err = errors.New("no block is that long")
+		}
+		if err == nil {
+			block, err = parseBlock(string(line[:len(line)-1]))
+		}
+		if err == nil {
+			err = validateBlock(block, c.head)
+		}
+		if err != nil {
+			return fmt.Errorf("%s, line %d: %w", file.Name(), c.head.Index+2, err)
+		}
+		c.grow(block)
+		c.size += int64(len(line))
+	}
+	c.file = file
+	if torn := info.Size() - c.size; torn > 0 {
+		if err := file.Truncate(c.size); err != nil {
+			return err
+		}
+		logger.Printf("dropped the last %d bytes of %s, a line without its end", torn, file.Name())
+	}
+	if c.head == nothing {
+		if err := c.append(generateBlock(nothing, 0, "", time.Now())); err != nil {
+			return err
+		}
+		return syncDir(filepath.Dir(file.Name()))
+	}
+	return nil
+}
+
+// syncDir makes the names of new files in the directory last.
+func syncDir(name string) error {
+	if runtime.GOOS == "windows" {
+		return nil // where no directory can be synced
+	}
+	dir, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+// append puts on the chain a block that is valid on top of the head. When it
+// returns nil the block is on disk; when it returns an error nothing has
+// changed, unless it is errChainLost: then the file is not the chain's any more.
 func (c *Blockchain) append(block Block) error {
 	if err := validateBlock(block, c.head); err != nil {
 		return fmt.Errorf("block %d: %w", block.Index, err)
+	}
+	if c.file != nil {
+		if err := c.write(append(block.appendJSON(nil), '\n')); err != nil {
+			return err
+		}
 	}
 	c.grow(block)
 	return nil
 }
 
-// grow makes block the head and adds its JSON object.
+// write adds a line to the file, on the terms of append.
+func (c *Blockchain) write(line []byte) error {
+	if err := c.checkFile(); err != nil {
+		return fmt.Errorf("%w: %w", errChainLost, err)
+	}
+	_, err := c.file.Write(line)
+	if err == nil {
+		err = c.file.Sync()
+	}
+	if err == nil {
+		c.size += int64(len(line))
+		return nil
+	}
+	// Whether the cut is on disk does not matter: without it there would be a
+	// torn line, or a block that nobody has heard of.
+	if failed := c.file.Truncate(c.size); failed != nil {
+		return fmt.Errorf("%w: after %w its file cannot be cut back to the last whole block: %w", errChainLost, err, failed)
+	}
+	return err
+}
+
+// checkFile says why the file is not as the chain left it, or nil if it is.
+func (c *Blockchain) checkFile() error {
+	opened, err := c.file.Stat()
+	if err != nil {
+		return err
+	}
+	there, err := os.Stat(c.file.Name())
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(opened, there) {
+		return fmt.Errorf("%s was replaced by another file", c.file.Name())
+	}
+	if opened.Size() != c.size {
+		return fmt.Errorf("%s has %d bytes, want the %d that were left there: something else has written to it",
+			c.file.Name(), opened.Size(), c.size)
+	}
+	return nil
+}
+
+// grow makes block the head and adds its JSON object in memory.
 func (c *Blockchain) grow(block Block) {
 	object := append(block.appendJSON(nil), ',')
 	last := len(c.chunks) - 1
 	if last < 0 || len(c.chunks[last])+len(object) > cap(c.chunks[last]) {
 		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
 		last++
+		// By default as much garbage may pile up as there is chain. A chunk
+		// has no pointers, so collecting earlier costs little: after 32 MB.
+		debug.SetGCPercent(min(100, max(10, 100*32/len(c.chunks))))
 	}
 	c.chunks[last] = append(c.chunks[last], object...)
 	c.head = block

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"math/rand/v2"
 	"os/exec"
 	"strings"
@@ -124,8 +126,17 @@ func TestValidateBlock(t *testing.T) {
 	}
 }
 
+// newBlockchain returns a chain in memory.
+func newBlockchain(t testing.TB) *Blockchain {
+	c, err := openBlockchain("", log.New(io.Discard, "", 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 func TestAppendRefuses(t *testing.T) {
-	c := newBlockchain()
+	c := newBlockchain(t)
 	genesis := c.head
 	block := generateBlock(genesis, 72, golden.Validator, time.Now())
 	if err := c.append(block); err != nil {
@@ -142,7 +153,7 @@ func TestAppendRefuses(t *testing.T) {
 // latest gives every count of blocks, over the bounds of chunks too, and
 // what it gave stays the same when the chain grows.
 func TestLatest(t *testing.T) {
-	c := newBlockchain()
+	c := newBlockchain(t)
 	var early []string // the text at the time
 	var pieces [][][]byte
 	for len(c.chunks) < 3 {

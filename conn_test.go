@@ -102,7 +102,7 @@ func testWorldWith(t *testing.T, set func(*server), f func(w *world)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{T: t, listener: &listener{accepts: make(chan any), closed: make(chan struct{})}}
 		logger := log.New(&w.log, "", 0)
-		l := newLottery(newBlockchain(), &w.stdout, logger)
+		l := newLottery(newBlockchain(t), &w.stdout, logger)
 		l.roundInterval = 30 * time.Second
 		l.broadcastInterval = time.Minute
 		w.server = newServer(l, 1000, logger)

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"io"
 	"log"
 	"math/big"
@@ -176,8 +177,8 @@ func (l *lottery) leave(v *validator) <-chan struct{} {
 }
 
 // run draws a winner at every tick and broadcasts the chain at every tick of
-// another ticker, until ctx is done. Where both tick at once the draw comes
-// first. A draw that takes longer than a round skips ticks.
+// another ticker, until ctx is done or the chain is lost. Where both tick at once
+// the draw comes first. A draw that takes longer than a round skips ticks.
 func (l *lottery) run(ctx context.Context, everyone audience) error {
 	draws := time.NewTicker(l.roundInterval)
 	defer draws.Stop()
@@ -193,11 +194,15 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 		case <-ctx.Done():
 			return nil
 		case tick := <-draws.C:
-			l.pickWinner(tick, everyone)
+			if err := l.pickWinner(tick, everyone); err != nil {
+				return err
+			}
 		case <-broadcasts.C:
 			select {
 			case tick := <-draws.C:
-				l.pickWinner(tick, everyone)
+				if err := l.pickWinner(tick, everyone); err != nil {
+					return err
+				}
 			default:
 			}
 			everyone.broadcast(l.chain.latest(l.broadcastBlocks))
@@ -209,7 +214,8 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 // the chain, announces it and lets the departed go. While the block is being
 // added the next round is open already, since that may take long and must not
 // hold up anybody. If it fails, both rounds become one, and nobody is let go.
-func (l *lottery) pickWinner(tick time.Time, everyone audience) {
+// The error is errChainLost, after which no draw can succeed.
+func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
 	l.mu.Lock()
 	drawn := l.round
 	l.round = round{index: drawn.index + min(len(drawn.tempBlocks), 1)}
@@ -221,9 +227,12 @@ func (l *lottery) pickWinner(tick time.Time, everyone audience) {
 		won := drawn.tempBlocks[slot]
 		winner := generateBlock(l.chain.head, won.bpm, won.address, won.proposed)
 		if err := l.chain.append(winner); err != nil {
-			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
 			l.reopen(drawn)
-			return
+			if errors.Is(err, errChainLost) {
+				return err
+			}
+			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
+			return nil
 		}
 		l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
 			winner.Index, winner.Validator, drawn.pool.stakes[slot], len(drawn.tempBlocks), drawn.pool.total)
@@ -237,6 +246,7 @@ func (l *lottery) pickWinner(tick time.Time, everyone audience) {
 		l.remove(v)
 		close(v.gone)
 	}
+	return nil
 }
 
 // drawTicket returns a random ticket, 0 <= ticket < total.

@@ -104,8 +104,8 @@ type crowd struct{ winners []string }
 func (c *crowd) announce(winner Block)    { c.winners = append(c.winners, winner.Validator) }
 func (c *crowd) broadcast(chain [][]byte) {}
 
-func testLottery() *lottery {
-	l := newLottery(newBlockchain(), io.Discard, log.New(io.Discard, "", 0))
+func testLottery(t testing.TB) *lottery {
+	l := newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0))
 	l.roundInterval = time.Hour
 	return l
 }
@@ -140,7 +140,7 @@ func blocks(t *testing.T, c *Blockchain) (all []Block) {
 }
 
 func TestRounds(t *testing.T) {
-	l, heard := testLottery(), new(crowd)
+	l, heard := testLottery(t), new(crowd)
 	draw := func() { l.pickWinner(time.Now(), heard) }
 	want := func(winners ...string) {
 		t.Helper()
@@ -202,7 +202,7 @@ func TestRounds(t *testing.T) {
 func TestDisqualifyKeepsPool(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	for range 200 {
-		l := testLottery()
+		l := testLottery(t)
 		stakes := make(map[*validator]int64)
 		for range 1 + random.IntN(12) {
 			stake := 1 + random.Int64N(9)
@@ -240,7 +240,7 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 // and who was told of a block of its own has been in that draw.
 func TestProposeWhileDrawing(t *testing.T) {
 	const rounds, proposers = 5000, 8
-	l, heard := testLottery(), new(crowd)
+	l, heard := testLottery(t), new(crowd)
 	ctx, stop := context.WithCancel(t.Context())
 	var proposing sync.WaitGroup
 	for i := range proposers {

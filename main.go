@@ -74,7 +74,8 @@ func main() {
 	}
 }
 
-// run is the server from its settings to its stop, which is when ctx is done.
+// run is the server from its settings to its stop, which is when ctx is done or
+// when the chain's file is not its own any more.
 func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	set, err := readSettings()
 	if err != nil {
@@ -86,10 +87,14 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 		return fmt.Errorf("cannot listen on PORT %d of HOST %q, which must be a free port of an address of this machine: %w",
 			set.port, set.host, err)
 	}
+	chain, err := openBlockchain(set.chainFile, logger)
+	if err != nil {
+		return fmt.Errorf("cannot use the chain in CHAIN_FILE: %w", err)
+	}
 	logger.Printf("listening on %v; join with: nc %s %d", listener.Addr(),
 		cmp.Or(set.host, "localhost"), listener.Addr().(*net.TCPAddr).Port)
 
-	lottery := newLottery(newBlockchain(), stdout, logger)
+	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
 	lottery.broadcastBlocks = set.broadcastBlocks
@@ -102,11 +107,11 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 		server.serve(serving, listener)
 		close(served)
 	}()
-	lottery.run(ctx, server)
+	err = lottery.run(ctx, server)
 	logger.Print("shutting down")
 	stopServing()
 	<-served
-	return nil
+	return err
 }
 
 // settings are explained in .env.example.
