@@ -30,6 +30,9 @@ type Block struct {
 	Validator string // address of who proposed it; empty for the genesis block
 }
 
+// maxBlock is as long as a block's JSON object gets here, in bytes.
+const maxBlock = 384
+
 // jsonParts is the text around the six values of a block's JSON object.
 var jsonParts = [...]string{`{"Index":`, `,"Timestamp":"`, `","BPM":`,
 	`,"Hash":"`, `","PrevHash":"`, `","Validator":"`, `"}`}
@@ -66,7 +69,7 @@ func parseBlock(object string) (Block, error) {
 	if !isPlain(block.Timestamp) || !isPlain(block.Validator) {
 		return Block{}, fmt.Errorf("want letters, digits and :.+- alone in its Timestamp %q and its Validator %q", block.Timestamp, block.Validator)
 	}
-	if string(block.appendJSON(make([]byte, 0, 384))) != object {
+	if string(block.appendJSON(make([]byte, 0, maxBlock))) != object {
 		return Block{}, fmt.Errorf("want it to be %s", block.appendJSON(nil))
 	}
 	return block, nil
@@ -88,7 +91,7 @@ func isPlain(s string) bool {
 // them apart.
 func calculateBlockHash(block Block) string {
 	block.Hash = ""
-	sum := sha256.Sum256(block.appendJSON(make([]byte, 0, 384)))
+	sum := sha256.Sum256(block.appendJSON(make([]byte, 0, maxBlock)))
 	return hex.EncodeToString(sum[:])
 }
 
@@ -194,11 +197,12 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 			break
 		}
 		var block Block
+		object := bytes.TrimSuffix(line, []byte("\n"))
 		if err == nil && !whole {
 			err = errors.New("no block is that long")
 		}
 		if err == nil {
-			block, err = parseBlock(string(line[:len(line)-1]))
+			block, err = parseBlock(string(object))
 		}
 		if err == nil {
 			err = validateBlock(block, c.head)
@@ -206,7 +210,7 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 		if err != nil {
 			return fmt.Errorf("%s, line %d: %w", file.Name(), c.head.Index+2, err)
 		}
-		c.grow(block)
+		c.grow(block, object)
 		c.size += int64(len(line))
 	}
 	c.file = file
@@ -245,12 +249,13 @@ func (c *Blockchain) append(block Block) error {
 	if err := validateBlock(block, c.head); err != nil {
 		return fmt.Errorf("block %d: %w", block.Index, err)
 	}
+	line := append(block.appendJSON(make([]byte, 0, maxBlock)), '\n')
 	if c.file != nil {
-		if err := c.write(append(block.appendJSON(nil), '\n')); err != nil {
+		if err := c.write(line); err != nil {
 			return err
 		}
 	}
-	c.grow(block)
+	c.grow(block, line[:len(line)-1])
 	return nil
 }
 
@@ -296,17 +301,16 @@ func (c *Blockchain) checkFile() error {
 }
 
 // grow makes block the head and adds its JSON object in memory.
-func (c *Blockchain) grow(block Block) {
-	object := append(block.appendJSON(nil), ',')
+func (c *Blockchain) grow(block Block, object []byte) {
 	last := len(c.chunks) - 1
-	if last < 0 || len(c.chunks[last])+len(object) > cap(c.chunks[last]) {
+	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
 		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
 		last++
 		// By default as much garbage may pile up as there is chain. A chunk
 		// has no pointers, so collecting earlier costs little: after 32 MB.
 		debug.SetGCPercent(min(100, max(10, 100*32/len(c.chunks))))
 	}
-	c.chunks[last] = append(c.chunks[last], object...)
+	c.chunks[last] = append(append(c.chunks[last], object...), ',')
 	c.head = block
 }
 
