@@ -3,11 +3,14 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"math/rand/v2"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -184,4 +187,314 @@ func TestLatest(t *testing.T) {
 			t.Errorf("latest(%d) gives %d blocks, want %d", count, len(got), len(want))
 		}
 	}
+}
+
+// newChainFile returns the name of a new file with a chain of so many blocks,
+// and its bytes.
+func newChainFile(t testing.TB, blocks int) (name string, text []byte) {
+	t.Helper()
+	name = filepath.Join(t.TempDir(), "chain.jsonl")
+	c := open(t, name)
+	for c.head.Index < blocks-1 {
+		appendBlock(t, c)
+	}
+	return name, readFile(t, name)
+}
+
+func open(t testing.TB, name string) *Blockchain {
+	t.Helper()
+	c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeChain(c) })
+	return c
+}
+
+// closeChain lets the chain's file go, as the end of the program does.
+func closeChain(c *Blockchain) {
+	if file, ok := c.file.(io.Closer); ok {
+		file.Close()
+	}
+}
+
+func appendBlock(t testing.TB, c *Blockchain) {
+	t.Helper()
+	if err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now())); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFile(t testing.TB, name string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func writeFile(t testing.TB, name string, text []byte) {
+	t.Helper()
+	if err := os.WriteFile(name, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The file is the blocks that are broadcast, one a line, and read again it is
+// the same chain.
+func TestFileIsTheChain(t *testing.T) {
+	name, _ := newChainFile(t, 1)
+	c := open(t, name)
+	for range 10 {
+		appendBlock(t, c)
+		objects := bytes.Split(readFile(t, name), []byte("\n"))
+		if want := bytes.Join(objects[:len(objects)-1], []byte(",")); !bytes.Equal(bytes.Join(c.latest(0), nil), want) || len(objects[len(objects)-1]) != 0 {
+			t.Fatalf("the file has %s, the chain %s", want, c.latest(0))
+		}
+		again := open(t, name)
+		if fmt.Sprint(blocks(t, again)) != fmt.Sprint(blocks(t, c)) || again.size != c.size {
+			t.Fatalf("the chain read again is %v", again)
+		}
+	}
+}
+
+// Cut off anywhere, as by a crash, the chain goes on from its last whole line.
+func TestFileCutOff(t *testing.T) {
+	name, text := newChainFile(t, 3)
+	for cut := range len(text) + 1 {
+		writeFile(t, name, text[:cut])
+		whole := text[:bytes.LastIndexByte(text[:cut], '\n')+1]
+		var logged bytes.Buffer
+		c, err := openBlockchain(name, log.New(&logged, "", 0))
+		if err != nil {
+			t.Fatalf("cut at %d: %v", cut, err)
+		}
+		warning := ""
+		if torn := cut - len(whole); torn > 0 {
+			warning = fmt.Sprintf("dropped the last %d bytes of %s, a line without its end\n", torn, name)
+		}
+		if logged.String() != warning {
+			t.Fatalf("cut at %d: logged %q, want %q", cut, &logged, warning)
+		}
+		appendBlock(t, c)
+		got := readFile(t, name)
+		want := max(bytes.Count(whole, []byte("\n")), 1) + 1 // there is always a genesis block
+		if !bytes.HasPrefix(got, whole) || len(blocks(t, c)) != want || bytes.Count(got, []byte("\n")) != want {
+			t.Fatalf("cut at %d: the file has %s, want %d blocks", cut, got, want)
+		}
+		closeChain(c)
+	}
+	// However long what was cut off is, and whatever is in it.
+	for _, torn := range [][]byte{make([]byte, 1<<20), bytes.Repeat([]byte("x"), 64<<10), text[:100]} {
+		writeFile(t, name, append(bytes.Clone(text), torn...))
+		if c := open(t, name); c.size != int64(len(text)) || !bytes.Equal(readFile(t, name), text) {
+			t.Fatalf("with %d bytes after it the chain has %d bytes, want %d", len(torn), c.size, len(text))
+		}
+	}
+}
+
+// A file with any byte changed is refused, with the number of the line, and left as it is.
+func TestFileDamaged(t *testing.T) {
+	name, text := newChainFile(t, 3)
+	refused := func(damaged []byte, line int) {
+		t.Helper()
+		writeFile(t, name, damaged)
+		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+		if err == nil {
+			closeChain(c)
+			t.Fatalf("accepted: %q", damaged)
+		}
+		if want := fmt.Sprintf("%s, line %d: ", name, line); !strings.HasPrefix(err.Error(), want) {
+			t.Fatalf("%v, want %s", err, want)
+		}
+		if got := readFile(t, name); !bytes.Equal(got, damaged) {
+			t.Fatalf("the file was changed to %q", got)
+		}
+	}
+	for i := range text[:len(text)-1] {
+		for _, with := range []byte{text[i] ^ 1, text[i] ^ 0x20, text[i] ^ 0x80, '\n', 0} {
+			if with == text[i] {
+				continue
+			}
+			damaged := bytes.Clone(text)
+			damaged[i] = with
+			refused(damaged, 1+bytes.Count(text[:i], []byte("\n")))
+		}
+	}
+
+	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
+	join := func(lines ...[]byte) []byte { return bytes.Join(lines, nil) }
+	refused(join(lines[0], lines[2]), 2)
+	refused(join(lines[1], lines[2]), 1)
+	refused(join(lines[0], lines[0]), 2)
+	refused(join(lines[0], []byte("\n"), lines[1]), 2)
+	refused(join(text, []byte("\n")), 4)
+	refused(join(text, []byte(" \n")), 4)
+	refused(join(lines[0], bytes.Repeat([]byte("x"), 1<<20), []byte("\n")), 2)
+	refused(join(lines[0], make([]byte, 64<<10), lines[1]), 2)
+
+	// The hash of these is right, but they are not what the server would write.
+	object := string(bytes.TrimSpace(lines[0]))
+	timestamp := object[strings.Index(object, `"Timestamp"`):strings.Index(object, `,"BPM"`)]
+	for _, other := range []string{
+		strings.Replace(object, ",", ", ", 1),
+		object + " ",
+		object + "\r",
+		" " + object,
+		strings.Replace(object, "Index", "index", 1),
+		strings.Replace(object, `"BPM":0`, `"BPM":-0`, 1),
+		strings.Replace(object, `"BPM":0`, `"BPM":00`, 1),
+		strings.Replace(object, `"Index":0`, `"Index":+0`, 1),
+		strings.Replace(object, `"BPM":0`, `"BPM":0,"More":1`, 1),
+		strings.Replace(object, `"Index":0,`+timestamp, timestamp+`,"Index":0`, 1),
+		strings.Replace(object, "}", `,"Validator":""}`, 1),
+		object + object,
+	} {
+		refused([]byte(other+"\n"), 1)
+	}
+	for _, timestamp := range []string{"\x1b[2J", `\u0041`, "é", `"`, "<"} {
+		block := Block{Timestamp: timestamp}
+		block.Hash = calculateBlockHash(block)
+		refused(append(block.appendJSON(nil), '\n'), 1)
+	}
+}
+
+// A failingFile fails where it is told to.
+type failingFile struct {
+	*os.File
+	write, sync, truncate error
+	written               int // of what a failing write is given
+}
+
+func (f *failingFile) Write(p []byte) (int, error) {
+	if f.write != nil {
+		n, _ := f.File.Write(p[:f.written])
+		return n, f.write
+	}
+	return f.File.Write(p)
+}
+
+func (f *failingFile) Sync() error {
+	if f.sync != nil {
+		return f.sync
+	}
+	return f.File.Sync()
+}
+
+func (f *failingFile) Truncate(size int64) error {
+	if f.truncate != nil {
+		return f.truncate
+	}
+	return f.File.Truncate(size)
+}
+
+// After a write that fails everything is as before it, and the next one works.
+func TestWriteFails(t *testing.T) {
+	full := errors.New("no space left on device")
+	for name, fails := range map[string]failingFile{
+		"write":       {write: full},
+		"short write": {write: full, written: 100},
+		"whole write": {write: full, written: 250},
+		"fsync":       {sync: full},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file, before := newChainFile(t, 2)
+			c := open(t, file)
+			fails.File = c.file.(*os.File)
+			c.file = &fails
+			old := *c
+			for range 3 {
+				err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
+				if !errors.Is(err, full) || errors.Is(err, errChainLost) {
+					t.Fatalf("append: %v, want %v alone", err, full)
+				}
+				if c.head != old.head || c.size != old.size || len(blocks(t, c)) != 2 || !bytes.Equal(readFile(t, file), before) {
+					t.Fatalf("after a failed append the chain is %v and the file %s", c.head, readFile(t, file))
+				}
+			}
+			fails = failingFile{File: fails.File}
+			appendBlock(t, c)
+			if again := open(t, file); again.head != c.head || len(blocks(t, again)) != 3 {
+				t.Errorf("the chain read again ends with %v, want %v", again.head, c.head)
+			}
+
+			fails = failingFile{File: fails.File, write: full, written: 100, truncate: errors.New("input/output error")}
+			err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
+			if !errors.Is(err, errChainLost) || !errors.Is(err, full) || !errors.Is(err, fails.truncate) {
+				t.Errorf("append: %v, want all three errors", err)
+			}
+		})
+	}
+}
+
+// A file that something else has touched is left as it is.
+func TestFileIsLost(t *testing.T) {
+	for name, test := range map[string]struct {
+		touch func(t *testing.T, file string, text []byte)
+		want  string
+	}{
+		"deleted": {func(t *testing.T, file string, text []byte) { os.Remove(file) }, "no such file"},
+		"replaced by a copy": {func(t *testing.T, file string, text []byte) {
+			writeFile(t, file+"~", text)
+			os.Rename(file+"~", file)
+		}, "was replaced by another file"},
+		"written to": {func(t *testing.T, file string, text []byte) { writeFile(t, file, append(text, text...)) }, "something else has written to it"},
+		"cut":        {func(t *testing.T, file string, text []byte) { os.Truncate(file, 10) }, "something else has written to it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file, text := newChainFile(t, 2)
+			c := open(t, file)
+			test.touch(t, file, text)
+			touched, _ := os.ReadFile(file)
+			err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
+			if !errors.Is(err, errChainLost) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("append: %v, want %s", err, test.want)
+			}
+			if left, _ := os.ReadFile(file); !bytes.Equal(left, touched) || len(blocks(t, c)) != 2 {
+				t.Errorf("the file has %q, want %q as before", left, touched)
+			}
+		})
+	}
+}
+
+func TestFileCannotBeUsed(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{dir, filepath.Join(dir, "none", "chain.jsonl"), os.DevNull} {
+		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+		if err == nil {
+			closeChain(c)
+			t.Errorf("%s was taken for a chain", name)
+		} else if !strings.Contains(err.Error(), name) {
+			t.Errorf("%v does not name %s", err, name)
+		}
+	}
+}
+
+// Whatever is in the file, opening it either gives the chain of its whole lines
+// or refuses and leaves it as it is.
+func FuzzOpen(f *testing.F) {
+	name, text := newChainFile(f, 3)
+	f.Add(text)
+	f.Add(text[:len(text)-1])
+	f.Add(text[:200])
+	f.Add(bytes.Replace(text, []byte(`"BPM":72`), []byte(`"BPM":73`), 1))
+	f.Add([]byte("\n"))
+	f.Add(make([]byte, 1000))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		writeFile(t, name, text)
+		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+		got := readFile(t, name)
+		if err != nil {
+			if !bytes.Equal(got, text) {
+				t.Fatalf("refused with %v and changed to %q", err, got)
+			}
+			return
+		}
+		defer closeChain(c)
+		whole := text[:bytes.LastIndexByte(text, '\n')+1]
+		if len(whole) > 0 && !bytes.Equal(got, whole) || len(blocks(t, c)) != bytes.Count(got, []byte("\n")) {
+			t.Fatalf("taken for %q", got)
+		}
+	})
 }

@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"math/rand/v2"
+	"os"
 	"regexp"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -233,6 +236,101 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 			t.Fatalf("%d candidates, %d stakes, total %d, want %d, %d, %d", len(l.round.tempBlocks),
 				len(l.round.pool.stakes), l.round.pool.total, candidates, candidates, want)
 		}
+	}
+}
+
+// A hookedFile does something else in Sync.
+type hookedFile struct {
+	chainFile
+	sync func() error
+}
+
+func (f *hookedFile) Sync() error { return f.sync() }
+
+// While a block is written the next round is open. If that fails nothing is
+// announced, nobody is let go, and both rounds are one.
+func TestDrawFails(t *testing.T) {
+	name, _ := newChainFile(t, 1)
+	var logged bytes.Buffer
+	l, heard := newLottery(open(t, name), io.Discard, log.New(&logged, "", 0)), new(crowd)
+	l.roundInterval = time.Hour
+	file := &hookedFile{chainFile: l.chain.file}
+	l.chain.file = file
+
+	vs := joinMany(l, 1, 20, 300, 4000, 50000)
+	first, second, late, leaver, cheat := vs[0], vs[1], vs[2], vs[3], vs[4]
+	for _, v := range []*validator{first, second, cheat} {
+		l.propose(v, 72)
+	}
+	gone := l.leave(second)
+	file.sync = func() error {
+		for _, v := range []*validator{late, first} {
+			if index, added, _ := l.propose(v, 73); index != 2 || !added {
+				t.Errorf("propose: %d, %v, want block 2", index, added)
+			}
+		}
+		l.leave(leaver)
+		l.disqualify(cheat)
+		return errors.New("input/output error")
+	}
+	if err := l.pickWinner(time.Now(), heard); err != nil {
+		t.Fatal(err)
+	}
+	if len(heard.winners) != 0 || logged.String() != "nothing drawn, the 3 candidates stay for the next draw: input/output error\n" {
+		t.Errorf("winners %v, logged %q", heard.winners, &logged)
+	}
+	select {
+	case <-gone:
+		t.Error("who left is gone before the draw")
+	default:
+	}
+	bpms := make(map[string]int)
+	for _, c := range l.round.tempBlocks {
+		bpms[c.address] = c.bpm
+	}
+	if len(bpms) != 3 || len(l.round.tempBlocks) != 3 || bpms[first.address] != 72 || bpms[second.address] != 72 || bpms[late.address] != 73 || l.round.pool.total != 321 {
+		t.Errorf("candidates %v with %d tokens", l.round.tempBlocks, l.round.pool.total)
+	}
+	if index, added, _ := l.propose(late, 74); index != 1 || added {
+		t.Errorf("propose: %d, %v, want block 1 as before", index, added)
+	}
+
+	file.sync = func() error {
+		if index, added, _ := l.propose(late, 75); index != 2 || !added {
+			t.Errorf("propose: %d, %v, want block 2", index, added)
+		}
+		return nil
+	}
+	for range 2 {
+		if err := l.pickWinner(time.Now(), heard); err != nil {
+			t.Fatal(err)
+		}
+		file.sync = func() error { return nil }
+	}
+	<-gone
+	if len(heard.winners) != 2 || heard.winners[1] != late.address || l.chain.head.BPM != 75 {
+		t.Errorf("winners %v, the last with %d", heard.winners, l.chain.head.BPM)
+	}
+	if len(l.validators) != 2 || l.tokens != 301 {
+		t.Errorf("%d validators with %d tokens, want 2 with 301", len(l.validators), l.tokens)
+	}
+	blocks(t, l.chain)
+}
+
+// A chain that is lost ends the run, without a word to the validators.
+func TestChainIsLost(t *testing.T) {
+	name, _ := newChainFile(t, 1)
+	l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(crowd)
+	l.roundInterval, l.broadcastInterval = time.Millisecond, time.Hour
+	l.propose(joinMany(l, 1)[0], 72)
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.run(t.Context(), heard); !errors.Is(err, errChainLost) || !strings.Contains(err.Error(), name) {
+		t.Errorf("run: %v, want %v with the name of the file", err, errChainLost)
+	}
+	if len(heard.winners) != 0 {
+		t.Errorf("winners %v", heard.winners)
 	}
 }
 

@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -42,6 +45,7 @@ type process struct {
 	*exec.Cmd
 	address        string
 	stdout, stderr buffer
+	logged         chan struct{} // closed when stderr has all of it
 }
 
 var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+); join with: nc localhost [0-9]+\n`)
@@ -49,7 +53,7 @@ var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+); join wit
 // start starts the program on a free port and waits until it listens.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
-	p := &process{Cmd: program(t, append(env, "PORT=0", "HOST=localhost")...)}
+	p := &process{Cmd: program(t, append(env, "PORT=0", "HOST=localhost")...), logged: make(chan struct{})}
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +76,10 @@ func start(t testing.TB, env ...string) *process {
 			p.address = match[1]
 		}
 	}
-	go io.Copy(&p.stderr, log)
+	go func() {
+		io.Copy(&p.stderr, log)
+		close(p.logged)
+	}()
 	return p
 }
 
@@ -145,6 +152,114 @@ func TestProgram(t *testing.T) {
 	if out := p.stdout.take(); !regexp.MustCompile(`^\(main\.Block\) \{\n Index: \(int\) 0,\n(.*\n){5}\}\n` +
 		`\(main\.Block\) \{\n Index: \(int\) 1,\n(.*\n){5}\}\n$`).MatchString(out) {
 		t.Errorf("standard output is %s", out)
+	}
+}
+
+// Killed at any moment, dozens of times, the program never loses a winner that
+// anybody has heard of.
+func TestKill(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "chain.jsonl")
+	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64})\n")
+	known, heardOf := 0, 0 // blocks before, winners in all
+	for kills := range 36 {
+		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
+		heard := make([]buffer, 3)
+		var playing sync.WaitGroup
+		for i := range heard {
+			conn, err := net.Dial("tcp", p.address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			playing.Go(func() {
+				defer conn.Close()
+				r := bufio.NewReader(io.TeeReader(conn, &heard[i]))
+				for line := "100\n"; ; line = "72\n" {
+					if _, err := r.ReadString(':'); err != nil {
+						return
+					}
+					io.WriteString(conn, line)
+				}
+			})
+		}
+		time.AfterFunc(time.Duration(rand.Int64N(int64(100*time.Millisecond))), func() { p.Process.Kill() })
+		p.Wait()
+		playing.Wait()
+
+		all := blocks(t, open(t, file))
+		for i := range heard {
+			next := known
+			for _, match := range winner.FindAllStringSubmatch(heard[i].take(), -1) {
+				for next < len(all) && all[next].Validator != match[1] {
+					next++
+				}
+				if next++; next > len(all) {
+					t.Fatalf("kill %d: client %d has heard of %s, which is not in the file at its place", kills, i, match[1])
+				}
+				heardOf++
+			}
+		}
+		known = len(all)
+	}
+	if heardOf == 0 {
+		t.Error("no winner was heard of")
+	}
+	t.Logf("%d blocks, %d announcements", known, heardOf)
+}
+
+// The chain goes on where it stopped; a file that is damaged stops the start.
+func TestRestart(t *testing.T) {
+	file, text := newChainFile(t, 3)
+	p := start(t, "CHAIN_FILE="+file)
+	p.Process.Signal(syscall.SIGINT)
+	if err := p.Wait(); err != nil {
+		t.Errorf("after SIGINT: %v, want exit status 0", err)
+	}
+	if out := p.stdout.take(); !strings.Contains(out, " Index: (int) 2,\n") || strings.Count(out, "Index") != 1 {
+		t.Errorf("printed %s, want the newest block", out)
+	}
+	if !bytes.Equal(readFile(t, file), text) {
+		t.Error("the file has changed")
+	}
+
+	text[len(text)-20] ^= 1
+	writeFile(t, file, text)
+	cmd := program(t, "PORT=0", "CHAIN_FILE="+file)
+	out, _ := cmd.CombinedOutput()
+	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "cannot use the chain in CHAIN_FILE: "+file+", line 3: its Hash is ") || bytes.Count(out, []byte("\n")) != 1 {
+		t.Errorf("with a damaged file: %v, %s", cmd.ProcessState, out)
+	}
+	if !bytes.Equal(readFile(t, file), text) {
+		t.Error("the damaged file has changed")
+	}
+}
+
+// A server whose file is taken away says so and stops.
+func TestFileTakenAway(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "chain.jsonl")
+	p := start(t, "ROUND_INTERVAL=50ms", "CHAIN_FILE="+file)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	c := p.dial(t)
+	say(t, c, "100\n72")
+	heard := readUntil(t, c, "\nserver shutting down\n")
+	if strings.Contains(heard, "winning") {
+		t.Errorf("heard %q", heard)
+	}
+	<-p.logged
+	p.Wait()
+	if log := p.stderr.take(); p.ProcessState.ExitCode() != 1 || !strings.Contains(log, "the chain cannot go on: stat "+file+": no such file") {
+		t.Errorf("%v, logged %s", p.ProcessState, log)
+	}
+}
+
+// In memory only there is no file.
+func TestNoFile(t *testing.T) {
+	p := start(t, "CHAIN_FILE=")
+	p.Process.Signal(syscall.SIGTERM)
+	p.Wait()
+	if files, err := os.ReadDir(p.Dir); err != nil || len(files) != 0 {
+		t.Errorf("%v, %v are in its directory", err, files)
 	}
 }
 
