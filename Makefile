@@ -1,0 +1,44 @@
+# The race detector needs cgo.
+RACE := $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+FUZZTIME := 1m
+
+help:
+	@echo 'make run    build the server and run it; Ctrl-C stops it'
+	@echo 'make build  build ./proof-of-stake'
+	@echo 'make test   run the tests, with the race detector if there is cgo'
+	@echo 'make check  test, and look for faults: gofmt, vet for three systems, staticcheck, a little fuzzing'
+	@echo 'make bench  measure, beside a bare server; takes minutes'
+	@echo 'make fuzz   fuzz each target for FUZZTIME, $(FUZZTIME) if not set'
+	@echo 'make soak   two thousand random validators for some minutes'
+
+run: build
+	./proof-of-stake
+
+build:
+	go build .
+
+test:
+	go test $(RACE) -timeout 5m ./...
+
+check: test
+	test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	GOOS=windows go vet ./...
+	GOOS=darwin go vet ./...
+	go run $(STATICCHECK) ./...
+	$(MAKE) fuzz FUZZTIME=5s
+
+bench:
+	go test -run '^$$' -bench . -timeout 1h ./...
+
+fuzz:
+	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+		echo "go test -fuzz $$target" && \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s . || exit 1; \
+	done
+
+soak:
+	SOAK=5m go test -run '^TestSoak$$' -timeout 10m -v .
+
+.PHONY: help run build test check bench fuzz soak
