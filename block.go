@@ -155,8 +155,8 @@ var errChainLost = errors.New("the chain cannot go on")
 
 // chunkSize is the capacity of a chunk in bytes. A slice that grew as one piece
 // would at times hold twice the chain, once more for each client still reading
-// an older copy.
-const chunkSize = 1 << 20
+// an older copy. Pieces that fit into a socket's buffer cost more to write.
+const chunkSize = 4 << 20
 
 // openBlockchain returns the chain in the file of that name, or a new one that is
 // kept there from now on. Without a name the chain is in memory only.
@@ -308,7 +308,7 @@ func (c *Blockchain) grow(block Block, object []byte) {
 		last++
 		// By default as much garbage may pile up as there is chain. A chunk
 		// has no pointers, so collecting earlier costs little: after 32 MB.
-		debug.SetGCPercent(min(100, max(10, 100*32/len(c.chunks))))
+		debug.SetGCPercent(min(100, max(10, 100*(32<<20)/(len(c.chunks)*chunkSize))))
 	}
 	c.chunks[last] = append(append(c.chunks[last], object...), ',')
 	c.head = block

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -159,32 +163,37 @@ func TestLatest(t *testing.T) {
 	c := newBlockchain(t)
 	var early []string // the text at the time
 	var pieces [][][]byte
+	long := strings.Repeat("v", 10_000) // so that few blocks fill a chunk
 	for len(c.chunks) < 3 {
-		if c.head.Index%500 == 0 {
+		if c.head.Index%50 == 0 {
 			pieces = append(pieces, c.latest(0))
 			early = append(early, string(bytes.Join(c.latest(0), nil)))
 		}
-		if err := c.append(generateBlock(c.head, c.head.Index, golden.Validator, time.Now())); err != nil {
+		if err := c.append(generateBlock(c.head, c.head.Index, long, time.Now())); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for i := range early {
 		if text := string(bytes.Join(pieces[i], nil)); text != early[i] {
-			t.Fatalf("the chain of %d blocks has changed", i*500+1)
+			t.Fatalf("the chain of %d blocks has changed", i*50+1)
 		}
 	}
 	all := blocks(t, c)
-	for _, count := range []int{1, 2, 3, 3000, 3600, 3700, len(all) - 1, len(all), len(all) + 1, 0} {
-		var got []Block
-		if err := json.Unmarshal(fmt.Appendf(nil, "[%s]", bytes.Join(c.latest(count), nil)), &got); err != nil {
-			t.Fatalf("latest(%d): %v", count, err)
+	counts := []int{0, 1, 2, len(all) - 1, len(all), len(all) + 1}
+	whole := 0 // blocks in the latest chunks
+	for _, chunk := range slices.Backward(c.chunks) {
+		whole += bytes.Count(chunk, []byte("{"))
+		counts = append(counts, whole-1, whole, whole+1)
+	}
+	for _, count := range counts {
+		pieces := c.latest(count)
+		text := string(bytes.Join(pieces, nil))
+		first := len(all) - count
+		if count == 0 || count > len(all) {
+			first = 0
 		}
-		want := all
-		if count > 0 && count < len(all) {
-			want = all[len(all)-count:]
-		}
-		if fmt.Sprint(got) != fmt.Sprint(want) {
-			t.Errorf("latest(%d) gives %d blocks, want %d", count, len(got), len(want))
+		if !strings.HasPrefix(text, fmt.Sprintf(`{"Index":%d,`, first)) || strings.Count(text, `{"Index":`) != len(all)-first || !strings.HasSuffix(text, `"}`) {
+			t.Fatalf("latest(%d) begins with %.20s and has %d blocks", count, text, strings.Count(text, `{"Index":`))
 		}
 	}
 }
@@ -497,4 +506,83 @@ func FuzzOpen(f *testing.F) {
 			t.Fatalf("taken for %q", got)
 		}
 	})
+}
+
+// newLongChainFile returns the name and the size of a file with a chain of so many
+// blocks, written without a sync for each.
+func newLongChainFile(b *testing.B, blocks int) (name string, size int) {
+	b.Helper()
+	name = filepath.Join(b.TempDir(), "chain.jsonl")
+	file, err := os.Create(name)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer file.Close()
+	w := bufio.NewWriter(file)
+	block := generateBlock(nothing, 0, "", time.Unix(0, 0))
+	for range blocks {
+		n, _ := w.Write(append(block.appendJSON(nil), '\n'))
+		size += n
+		block = generateBlock(block, 72, golden.Validator, time.Unix(int64(30*block.Index), 123456789))
+	}
+	if err := w.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	return name, size
+}
+
+// Opening a chain, beside what encoding/json and SHA-256 take for its lines.
+func BenchmarkOpen(b *testing.B) {
+	const count = 100_000
+	name, _ := newLongChainFile(b, count)
+	lines := bytes.Split(bytes.TrimSpace(readFile(b, name)), []byte("\n"))
+	var opening, coding, hashing time.Duration
+	n := 0
+	for b.Loop() {
+		start := time.Now()
+		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+		if err != nil {
+			b.Fatal(err)
+		}
+		opening += time.Since(start)
+		closeChain(c)
+
+		start = time.Now()
+		for _, line := range lines {
+			sha256.Sum256(line)
+		}
+		hashing += time.Since(start)
+
+		start = time.Now()
+		for _, line := range lines {
+			var block Block
+			if err := json.Unmarshal(line, &block); err != nil {
+				b.Fatal(err)
+			}
+			if again, err := json.Marshal(block); err != nil || !bytes.Equal(again, line) {
+				b.Fatal(err)
+			}
+		}
+		coding += time.Since(start)
+		n += count
+	}
+	b.ReportMetric(float64(opening)/float64(n), "ns/block")
+	b.ReportMetric(float64(opening)/float64(coding+hashing), "json+sha256")
+	b.ReportMetric(float64(opening)/float64(hashing), "sha256")
+	b.ReportMetric(0, "ns/op")
+}
+
+// What a broadcast of the latest 100 blocks takes, beyond writing it, as the
+// chain grows.
+func BenchmarkLatest(b *testing.B) {
+	for _, count := range []int{1000, 10_000, 100_000} {
+		b.Run(strconv.Itoa(count), func(b *testing.B) {
+			name, _ := newLongChainFile(b, count)
+			c := open(b, name)
+			b.ReportAllocs()
+			for b.Loop() {
+				c.latest(100)
+			}
+		})
+	}
 }

@@ -39,7 +39,7 @@ const (
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
 	stallNudges    = 10                     // without a byte taken of what is written
-	stuckLimit     = time.Millisecond       // without a client served; see deliver
+	stuckLimit     = 10 * time.Millisecond  // without a client served; see deliver
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
@@ -261,10 +261,13 @@ func (s *server) announce(winner Block) {
 	s.tell(&message{pieces: [][]byte{[]byte(news)}})
 }
 
-// broadcast sends the chain to all validators.
+// broadcast sends the chain to all validators. What stands around it goes into
+// the first and the last piece, since small pieces cost a write for each client.
 func (s *server) broadcast(chain [][]byte) {
-	pieces := append([][]byte{[]byte("\n[")}, chain...)
-	s.tell(&message{pieces: append(pieces, []byte("]\n"+bpmPrompt)), isChain: true})
+	first, last := &chain[0], &chain[len(chain)-1]
+	*first = slices.Concat([]byte("\n["), *first)
+	*last = slices.Concat(*last, []byte("]\n"+bpmPrompt))
+	s.tell(&message{pieces: chain, isChain: true})
 }
 
 // tell puts the message in the outbox of each validator and sees that it is

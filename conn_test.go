@@ -8,12 +8,15 @@ import (
 	"io"
 	"log"
 	"net"
+	"os"
 	"regexp"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A buffer is a bytes.Buffer that may be written to and read from at once.
@@ -33,6 +36,13 @@ func (b *buffer) take() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer b.b.Reset()
+	return b.b.String()
+}
+
+// peek returns what take would return.
+func (b *buffer) peek() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	return b.b.String()
 }
 
@@ -670,4 +680,239 @@ func TestStop(t *testing.T) {
 			t.Errorf("reading: %v, want EOF", err)
 		}
 	})
+}
+
+// wantBounded checks that no session holds more than its share.
+func (w *world) wantBounded() {
+	w.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for c := range w.sessions {
+		c.mu.Lock()
+		chains := 0
+		for _, m := range c.waiting {
+			if m.isChain {
+				chains++
+			}
+		}
+		if len(c.waiting) > maxWaiting || chains > 1 {
+			w.Errorf("%d messages wait for a client, %d of them the chain", len(c.waiting), chains)
+		}
+		c.mu.Unlock()
+	}
+}
+
+// terminalSafe reports whether the text may reach a terminal or the log: whether
+// it is made of what Go's %q leaves as it is, and line ends.
+func terminalSafe(text string) bool {
+	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
+}
+
+// Whatever clients do, nobody else notices and nothing of them is left behind.
+func TestHostileClients(t *testing.T) {
+	const broadcastEvery = 7 * time.Second
+	for name, attack := range map[string]func(w *world){
+		"says nothing": func(w *world) {
+			for range 100 {
+				w.connect()
+			}
+		},
+		"never reads": func(w *world) {
+			w.connectDeaf()
+			w.joinDeaf().send("72\n")
+			w.joinDeaf()
+		},
+		"never reads and half-closes": func(w *world) {
+			w.joinDeaf().halfClose()
+			c := w.joinDeaf()
+			c.send("72\n")
+			c.halfClose()
+		},
+		"reads a byte a second": func(w *world) {
+			c := w.joinDeaf()
+			c.send("72\n")
+			go func() {
+				for one := make([]byte, 1); ; time.Sleep(time.Second) {
+					if _, err := c.Read(one); err != nil {
+						return
+					}
+				}
+			}()
+			w.Cleanup(func() { w.advance(time.Second) })
+		},
+		"sends 100,000 lines and reads nothing": func(w *world) {
+			c := w.joinDeaf()
+			c.SetWriteDeadline(time.Now().Add(time.Second))
+			n, err := io.WriteString(c, strings.Repeat("72\n", 100_000))
+			if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
+				w.Errorf("%d bytes were taken before a reply was, %v", n, err)
+			}
+		},
+		"sends blank lines and reads nothing": func(w *world) {
+			c := w.connectDeaf()
+			c.SetWriteDeadline(time.Now().Add(time.Second))
+			n, err := io.WriteString(c, strings.Repeat("\n", 100_000))
+			if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
+				w.Errorf("%d bytes were taken before a reply was, %v", n, err)
+			}
+		},
+		"sends a megabyte without a line end": func(w *world) {
+			io.WriteString(w.connect(), strings.Repeat("1", 1_000_000))
+			io.WriteString(w.join(1), strings.Repeat("\x00", 1_000_000))
+		},
+		"sends every byte value": func(w *world) {
+			for b := range 256 {
+				for _, c := range []*client{w.connect(), w.join(1)} {
+					io.WriteString(c, string([]byte{byte(b), '\n'}))
+					synctest.Wait()
+					if heard := c.heard.take(); !terminalSafe(heard) {
+						w.Errorf("after byte %#x: heard %q", b, heard)
+					}
+					c.Close()
+				}
+				w.advance(lastWordsLimit)
+			}
+		},
+		"closes in the middle of anything": func(w *world) {
+			const text = "\n100\n72\n73\nno"
+			for cut := range len(text) + 1 {
+				closes, leaves, sulks := w.connect(), w.connect(), w.connectDeaf()
+				io.WriteString(closes, text[:cut])
+				closes.Close()
+				io.WriteString(leaves, text[:cut])
+				leaves.halfClose()
+				sulks.SetWriteDeadline(time.Now().Add(time.Millisecond))
+				io.WriteString(sulks, text[:cut])
+				sulks.halfClose()
+			}
+		},
+		"joins, proposes and hangs up": func(w *world) {
+			for range 10 * w.maxValidators {
+				c := w.connect()
+				io.WriteString(c, "1\n72\n")
+				c.Close()
+			}
+			synctest.Wait()
+			if n := len(w.sessions); n > w.maxValidators+maxRefusals {
+				w.Errorf("%d sessions, want at most %d", n, w.maxValidators+maxRefusals)
+			}
+		},
+		"joins, proposes and cheats": func(w *world) {
+			for range 10 * w.maxValidators {
+				c := w.connect()
+				io.WriteString(c, "1\n72\nx\n")
+				c.Close()
+			}
+			synctest.Wait()
+			if n := len(w.lottery.round.tempBlocks); n > w.maxValidators {
+				w.Errorf("%d candidates, want at most %d", n, w.maxValidators)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			set := func(s *server) {
+				s.maxValidators = 120
+				s.lottery.broadcastInterval = broadcastEvery
+				for s.lottery.chain.head.Index < 1000 {
+					appendBlock(t, s.lottery.chain)
+				}
+				s.lottery.round.index = 1001
+			}
+			testWorldWith(t, set, func(w *world) {
+				bystander := w.join(1000)
+				attack(w)
+				for round := range 5 {
+					bystander.send("72\n")
+					if heard := bystander.heard.take(); !strings.Contains(heard, "proposed, draw in ") {
+						t.Fatalf("round %d: the bystander heard %q", round, heard)
+					}
+					for range 30 {
+						w.advance(time.Second)
+						w.wantBounded()
+					}
+					if heard := bystander.heard.take(); strings.Count(heard, "winning validator: ") != 1 || strings.Count(heard, "\n[{") < 4 {
+						t.Fatalf("round %d: the bystander heard %.200q", round, heard)
+					}
+				}
+				left := 1
+				if name == "reads a byte a second" {
+					left = 2
+				}
+				if len(w.sessions) != left || len(w.lottery.validators) != left || w.admitted != left {
+					t.Errorf("%d sessions and %d validators in %d places are left, want %d", len(w.sessions), len(w.lottery.validators), w.admitted, left)
+				}
+				if logged := w.log.take(); !terminalSafe(logged) {
+					t.Errorf("logged %q", logged)
+				}
+			})
+		})
+	}
+}
+
+// A stop takes at most five seconds however many are connected, whatever they do.
+func TestStopWithTenThousand(t *testing.T) {
+	set := func(s *server) { s.maxValidators = 10_000 }
+	testWorldWith(t, set, func(w *world) {
+		var all []*client
+		for i := range 9_000 {
+			switch i % 3 {
+			case 0:
+				all = append(all, w.connect())
+			case 1:
+				c := w.connect()
+				io.WriteString(c, "100\n72\n")
+				all = append(all, c)
+			case 2:
+				w.connectDeaf()
+			}
+		}
+		w.advance(time.Second)
+		start := time.Now()
+		w.stop()
+		if d := time.Since(start); d > 5*time.Second {
+			t.Errorf("the stop took %v", d)
+		}
+		for _, c := range all {
+			synctest.Wait()
+			if heard := c.heard.take(); !strings.HasSuffix(heard, "\nserver shutting down\n") {
+				t.Fatalf("heard %q", heard)
+			}
+		}
+	})
+}
+
+// FuzzSession says that whatever a client sends, it hears the same however that is
+// cut, and nothing that a terminal would obey.
+func FuzzSession(f *testing.F) {
+	f.Add([]byte("100\n72\n\n73\r\noops\n72\n"), uint16(5))
+	f.Add([]byte(" +5 \r\n-999999999999999"), uint16(20))
+	f.Add([]byte("\x1b[2J\xff\x00\n"), uint16(2))
+	f.Add([]byte("1\n"+strings.Repeat("0", 64)+"\r\n"+strings.Repeat("0", 65)+"\n"), uint16(67))
+	f.Fuzz(func(t *testing.T, sent []byte, cut uint16) {
+		at := min(int(cut), len(sent))
+		whole := transcript(t, sent)
+		if parts := transcript(t, sent[:at], sent[at:]); parts != whole {
+			t.Errorf("cut at %d: %q\nwhole:   %q", at, parts, whole)
+		}
+		if !terminalSafe(whole) {
+			t.Errorf("said or logged: %q", whole)
+		}
+	})
+}
+
+// transcript is what a client hears, and what is logged, from its connecting to
+// the draw after it has sent the parts and closed its sending half.
+func transcript(t *testing.T, parts ...[]byte) (text string) {
+	testWorld(t, func(w *world) {
+		c := w.connect()
+		for _, part := range parts {
+			c.Write(part)
+			synctest.Wait()
+		}
+		c.halfClose()
+		w.advance(30 * time.Second)
+		c.wantClosed(c.heard.peek())
+		text = c.heard.take() + w.log.take()
+	})
+	return regexp.MustCompile("[0-9a-f]{64}").ReplaceAllString(text, "ADDRESS")
 }

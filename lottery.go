@@ -80,7 +80,7 @@ func (r *round) add(v *validator, c candidate) {
 // wait.
 type audience interface {
 	announce(winner Block)
-	broadcast(chain [][]byte) // pieces of JSON, as Blockchain.latest returns them
+	broadcast(chain [][]byte) // what Blockchain.latest returned, its own to keep
 }
 
 // A lottery decides, round by round, whose block joins the chain.

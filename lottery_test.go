@@ -11,11 +11,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 )
 
 // expandedPool is the tutorial's pool: each candidate once for each of its tokens.
@@ -239,6 +241,40 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 	}
 }
 
+// A clock that is set during a round changes neither the round nor the chain.
+func TestClockIsSet(t *testing.T) {
+	for _, by := range []time.Duration{-time.Hour, time.Hour} {
+		name, _ := newChainFile(t, 1)
+		l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(crowd)
+		l.roundInterval = 30 * time.Second
+		v := joinMany(l, 1)[0]
+
+		tick := time.Now()
+		if err := l.pickWinner(setClock(tick, by), heard); err != nil {
+			t.Fatal(err)
+		}
+		_, _, drawIn := l.propose(v, 72)
+		if want := l.roundInterval - time.Since(tick); drawIn < want || drawIn > l.roundInterval {
+			t.Errorf("with the clock set by %v: draw in %v, want from %v to %v", by, drawIn, want, l.roundInterval)
+		}
+		l.round.tempBlocks[0].proposed = setClock(time.Now(), by)
+		l.pickWinner(time.Now(), heard)
+		l.propose(v, 73)
+		l.pickWinner(time.Now(), heard)
+		if again := blocks(t, open(t, name)); len(again) != 3 || len(heard.winners) != 2 {
+			t.Errorf("with the clock set by %v: %d blocks, want 3", by, len(again))
+		}
+	}
+}
+
+// setClock returns t as a clock set by d would have told it: another time of day,
+// the same reading of the monotonic clock.
+func setClock(t time.Time, d time.Duration) time.Time {
+	wall := (*uint64)(unsafe.Pointer(&t)) // time.Time begins with 1 bit, 33 bits of seconds and 30 of nanoseconds
+	*wall += uint64(d/time.Second) << 30
+	return t
+}
+
 // A hookedFile does something else in Sync.
 type hookedFile struct {
 	chainFile
@@ -420,4 +456,55 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The draw alone, without its random ticket, beside the bare sum of the stakes.
+func BenchmarkDrawAlone(b *testing.B) {
+	for _, candidates := range []int{10, 1000, 100_000, 1_000_000} {
+		b.Run(strconv.Itoa(candidates), func(b *testing.B) {
+			var pool lotteryPool
+			for i := range candidates {
+				stake := 1 + int64(i)*7919%maxStake
+				pool.stakes = append(pool.stakes, stake)
+				pool.total += stake
+			}
+			tickets := make([]int64, 64)
+			for i := range tickets {
+				tickets[i] = drawTicket(pool.total)
+			}
+			b.ReportAllocs()
+			var drawing, adding time.Duration
+			for b.Loop() {
+				start := time.Now()
+				for _, ticket := range tickets {
+					if pool.winner(ticket) >= candidates {
+						b.Fatal(ticket)
+					}
+				}
+				drawing += time.Since(start)
+
+				start = time.Now()
+				for range tickets {
+					sum := int64(0)
+					for _, stake := range pool.stakes {
+						sum += stake
+					}
+					if sum != pool.total {
+						b.Fatal(sum)
+					}
+				}
+				adding += time.Since(start)
+			}
+			b.ReportMetric(float64(drawing)/float64(b.N*len(tickets)), "ns/draw")
+			b.ReportMetric(float64(drawing)/float64(adding), "sums")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// The random ticket for it.
+func BenchmarkTicket(b *testing.B) {
+	for b.Loop() {
+		drawTicket(1_000_000 * maxStake)
+	}
 }

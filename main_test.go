@@ -3,18 +3,24 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -22,13 +28,17 @@ import (
 	"github.com/joho/godotenv"
 )
 
-// The test binary can be the program, so that it is tested as users meet it.
+// The test binary can be the program, so that it is tested as users meet it, and
+// the bare server that it is measured against.
 func TestMain(m *testing.M) {
-	if os.Getenv("BE_PROOF_OF_STAKE") != "" {
+	switch os.Getenv("TEST_BINARY_IS") {
+	case "the program":
 		main()
-		return
+	case "bare":
+		bareServer()
+	default:
+		os.Exit(m.Run())
 	}
-	os.Exit(m.Run())
 }
 
 // program returns the program as a command in an empty directory, with no
@@ -36,7 +46,7 @@ func TestMain(m *testing.M) {
 func program(t testing.TB, env ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0])
 	cmd.Dir = t.TempDir()
-	cmd.Env = append([]string{"BE_PROOF_OF_STAKE=1", "PATH=" + os.Getenv("PATH")}, env...)
+	cmd.Env = append([]string{"TEST_BINARY_IS=the program", "PATH=" + os.Getenv("PATH")}, env...)
 	return cmd
 }
 
@@ -53,7 +63,12 @@ var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+); join wit
 // start starts the program on a free port and waits until it listens.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
-	p := &process{Cmd: program(t, append(env, "PORT=0", "HOST=localhost")...), logged: make(chan struct{})}
+	return startCommand(t, program(t, append(env, "PORT=0", "HOST=localhost")...))
+}
+
+func startCommand(t testing.TB, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{Cmd: cmd, logged: make(chan struct{})}
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -253,6 +268,42 @@ func TestFileTakenAway(t *testing.T) {
 	}
 }
 
+// With no descriptors left those inside are served, and others when there is room.
+func TestNoDescriptors(t *testing.T) {
+	shell, err := exec.LookPath("sh")
+	if err != nil {
+		t.Skip(err)
+	}
+	cmd := program(t, "PORT=0", "HOST=localhost", "ROUND_INTERVAL=500ms")
+	cmd.Path, cmd.Args = shell, []string{"sh", "-c", `ulimit -n 40 && exec "$0"`, os.Args[0]}
+	p := startCommand(t, cmd)
+	inside := p.dial(t)
+	say(t, inside, "100")
+	readUntil(t, inside, " stakes 100 tokens\n\nEnter a new BPM:")
+	var others []net.Conn
+	for range 60 {
+		conn, err := net.Dial("tcp", p.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		others = append(others, conn)
+	}
+	say(t, inside, "72")
+	readUntil(t, inside, " proposed, draw in ")
+	readUntil(t, inside, "winning validator: ")
+	for _, conn := range others[:40] {
+		conn.Close()
+	}
+	for _, conn := range others[40:] {
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		readUntil(t, bufio.NewReader(conn), "Enter token balance:")
+	}
+	if log := p.stderr.take(); !strings.Contains(log, "too many open files") {
+		t.Errorf("logged %s", log)
+	}
+}
+
 // In memory only there is no file.
 func TestNoFile(t *testing.T) {
 	p := start(t, "CHAIN_FILE=")
@@ -300,6 +351,176 @@ func TestCannotStart(t *testing.T) {
 			t.Errorf("%q: %v, %s", test.env, err, out)
 		}
 	}
+}
+
+// TestSoak has thousands of validators do anything at random, for as long as the
+// environment's SOAK says.
+func TestSoak(t *testing.T) {
+	duration, err := time.ParseDuration(os.Getenv("SOAK"))
+	if err != nil {
+		t.Skip("SOAK is not set to a duration")
+	}
+	const bots = 2000
+	file := filepath.Join(t.TempDir(), "chain.jsonl")
+	p := start(t, "CHAIN_FILE="+file, "ROUND_INTERVAL=500ms", "BROADCAST_INTERVAL=2s", "BROADCAST_BLOCKS=100")
+
+	// The observer hears every winner but takes no part; the others hear some.
+	observer := p.dial(t)
+	say(t, observer, "1")
+	winner := regexp.MustCompile("^winning validator: ([0-9a-f]{64})\n$")
+	var observed []string
+	listening := make(chan struct{})
+	go func() {
+		defer close(listening)
+		for {
+			line, err := observer.ReadString('\n')
+			if err != nil {
+				return
+			}
+			if match := winner.FindStringSubmatch(line); match != nil {
+				observed = append(observed, match[1])
+			}
+		}
+	}()
+	var mu sync.Mutex
+	var heard [][]string // what each session of a bot has heard
+	files := p.files()
+	run := func(d time.Duration) {
+		ctx, stop := context.WithTimeout(t.Context(), d)
+		defer stop()
+		var running sync.WaitGroup
+		for range bots {
+			running.Go(func() {
+				for ctx.Err() == nil {
+					if winners := bot(ctx, p.address, winner); len(winners) > 0 {
+						mu.Lock()
+						heard = append(heard, winners)
+						mu.Unlock()
+					}
+				}
+			})
+		}
+		running.Wait()
+		for i := 0; p.files() > files && i < 300; i++ {
+			time.Sleep(100 * time.Millisecond) // until all are gone
+		}
+	}
+
+	run(duration / 4)
+	memory := p.memory("VmRSS")
+	t.Logf("after a quarter: %d MB, %d files, %d sessions heard of a winner", memory>>20, p.files(), len(heard))
+	run(duration * 3 / 4)
+	t.Logf("at the end: %d MB, %d files, %d sessions heard of a winner", p.memory("VmRSS")>>20, p.files(), len(heard))
+	if p.memory("VmRSS") > memory*5/4 || p.files() != files {
+		t.Error("memory or files are not back where they were")
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+	<-listening
+
+	all := blocks(t, open(t, file))
+	if len(observed) != len(all)-1 {
+		t.Fatalf("%d winners were announced, the chain has %d", len(observed), len(all)-1)
+	}
+	text := ""
+	for i, block := range all[1:] {
+		if observed[i] != block.Validator {
+			t.Fatalf("announcement %d is of %s, the block of %s", i, observed[i], block.Validator)
+		}
+		text += block.Validator + " "
+	}
+	for _, winners := range heard {
+		if !strings.Contains(text, strings.Join(winners, " ")) {
+			t.Fatalf("these winners in a row were heard of: %v", winners)
+		}
+	}
+	t.Logf("%d blocks", len(all))
+}
+
+// bot is one random session. It returns the winners that it has heard of.
+func bot(ctx context.Context, address string, winner *regexp.Regexp) (winners []string) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		time.Sleep(time.Second)
+		return nil
+	}
+	defer conn.Close()
+	end := time.Now().Add(time.Duration(rand.Int64N(int64(20 * time.Second))))
+	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Now()) })()
+	conn.SetDeadline(end)
+	if rand.IntN(20) == 0 { // says nothing, reads nothing
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Until(end)):
+		}
+		return nil
+	}
+	lines := []string{"100\n", "1\n72\n", "+5\r\n", "1000000000000\n\n\n", "abc\n", "\xff\x1b[2J\n", "7"}
+	io.WriteString(conn, lines[rand.IntN(len(lines))])
+	go func() {
+		for ctx.Err() == nil && time.Now().Before(end) {
+			time.Sleep(time.Duration(rand.Int64N(int64(2 * time.Second))))
+			lines := []string{"72\n", "-1\n", "\n", "73\r\n74\r\n", "7", "3\n"}
+			line := lines[rand.IntN(len(lines))]
+			switch rand.IntN(50) {
+			case 0:
+				line = "junk\n"
+			case 1:
+				line = strings.Repeat("x", 100_000)
+			case 2:
+				line = strings.Repeat("72\n", 10_000)
+			case 3:
+				conn.(*net.TCPConn).CloseWrite()
+				return
+			case 4:
+				conn.(*net.TCPConn).SetLinger(0)
+				conn.Close()
+				return
+			}
+			if _, err := io.WriteString(conn, line); err != nil {
+				return
+			}
+		}
+	}()
+	r := bufio.NewReader(conn)
+	for {
+		line, err := r.ReadString('\n')
+		if err != nil {
+			return winners
+		}
+		if match := winner.FindStringSubmatch(line); match != nil {
+			winners = append(winners, match[1])
+		}
+	}
+}
+
+// memory returns what Linux says of the process's memory, in bytes.
+func (p *process) memory(key string) int {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	_, value, _ := strings.Cut(string(status), key+":")
+	kB := 0
+	fmt.Sscan(value, &kB)
+	return kB << 10
+}
+
+// files returns how many files the process has open.
+func (p *process) files() int {
+	files, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Process.Pid))
+	return len(files)
+}
+
+// cpu returns for how long the process's threads have run.
+func (p *process) cpu() (total time.Duration) {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Process.Pid))
+	for _, thread := range threads {
+		text, _ := os.ReadFile(thread)
+		ns := 0
+		fmt.Sscan(string(text), &ns)
+		total += time.Duration(ns)
+	}
+	return total
 }
 
 var settingKeys = []string{"PORT", "HOST", "ROUND_INTERVAL", "BROADCAST_INTERVAL", "BROADCAST_BLOCKS", "CHAIN_FILE", "MAX_VALIDATORS"}
@@ -414,4 +635,376 @@ func TestBadDotenv(t *testing.T) {
 	if _, err := readSettings(); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), ".env") {
 		t.Errorf("a directory: %v", err)
 	}
+}
+
+// bareServer is the smallest server that does the same input and output: what the
+// machine can do, for comparison. It reads with one goroutine a connection and
+// writes to all with one goroutine a processor. The line D has it announce a
+// draw, C broadcast BARE_CHAIN bytes.
+func bareServer() {
+	listener, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	log.Printf("listening on %v; join with: nc localhost 0", listener.Addr())
+	address := strings.Repeat("a", 64)
+	welcome := []byte("validator " + address + " stakes 100 tokens\n" + bpmPrompt)
+	reply := []byte("block 1 already proposed, draw in 1h0m0s\n" + bpmPrompt)
+	news := []byte("\nwinning validator: " + address + "\n" + bpmPrompt)
+	size, _ := strconv.Atoi(os.Getenv("BARE_CHAIN"))
+	chain := bytes.Repeat([]byte("x"), size)
+
+	var mu sync.Mutex
+	var conns []net.Conn
+	tell := func(text []byte) {
+		mu.Lock()
+		all := slices.Clone(conns)
+		mu.Unlock()
+		var next atomic.Int64
+		for range runtime.GOMAXPROCS(0) {
+			go func() {
+				for i := next.Add(1); i <= int64(len(all)); i = next.Add(1) {
+					all[i-1].Write(text)
+				}
+			}()
+		}
+	}
+	serve := func(conn net.Conn) {
+		conn.Write([]byte(balancePrompt))
+		joined := false
+		buf := make([]byte, 64)
+		for {
+			n, err := conn.Read(buf)
+			if err != nil {
+				return
+			}
+			for _, b := range buf[:n] {
+				switch {
+				case b == 'D':
+					tell(news)
+				case b == 'C':
+					tell(chain)
+				case b == '\n' && joined:
+					conn.Write(reply)
+				case b == '\n':
+					joined = true
+					conn.Write(welcome)
+					mu.Lock()
+					conns = append(conns, conn)
+					mu.Unlock()
+				}
+			}
+		}
+	}
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			log.Fatal(err)
+		}
+		go serve(conn)
+	}
+}
+
+const (
+	newsSize  = len("\nwinning validator: \n") + 64 + len(bpmPrompt)
+	replySize = len("block 1 already proposed, draw in 1h0m0s\n") + len(bpmPrompt)
+)
+
+// compare measures the bare server and the program, three times in turn, and
+// reports the medians of the program's figures and of their ratios to the bare
+// server's. An iteration of the benchmark is all of that.
+func compare(b *testing.B, measure func(server string) map[string]float64) {
+	if _, err := os.Stat("/proc/self/schedstat"); err != nil {
+		b.Skip(err)
+	}
+	figures := make(map[string][]float64)
+	for b.Loop() {
+		for range 3 {
+			bare, ours := measure("bare"), measure("the program")
+			for unit, figure := range ours {
+				figures[unit] = append(figures[unit], figure)
+				figures[unit+"/bare"] = append(figures[unit+"/bare"], figure/bare[unit])
+			}
+		}
+	}
+	for unit, all := range figures {
+		slices.Sort(all)
+		b.ReportMetric(all[len(all)/2], unit)
+	}
+	b.ReportMetric(0, "ns/op") // which says nothing here
+}
+
+// startServer starts either server.
+func startServer(b *testing.B, server string, env ...string) *process {
+	cmd := program(b, "TEST_BINARY_IS="+server, "PORT=0", "HOST=localhost", "CHAIN_FILE=", "BROADCAST_INTERVAL=1h")
+	cmd.Env = append(cmd.Env, env...) // the later setting counts
+	return startCommand(b, cmd)
+}
+
+// kill ends the process and the connections to it.
+func (p *process) kill(conns ...[]net.Conn) {
+	for _, conn := range slices.Concat(conns...) {
+		conn.Close()
+	}
+	p.Process.Kill()
+	p.Wait()
+}
+
+// joinAll has so many validators join, one after the other.
+func joinAll(b *testing.B, p *process, validators int) (conns []net.Conn) {
+	for range validators {
+		conn, err := net.Dial("tcp", p.address)
+		if err != nil {
+			b.Fatal(err)
+		}
+		readBytes(b, conn, len(balancePrompt))
+		io.WriteString(conn, "100\n")
+		readBytes(b, conn, len("validator ")+64+len(" stakes 100 tokens\n")+len(bpmPrompt))
+		conns = append(conns, conn)
+	}
+	return conns
+}
+
+// readBytes reads and forgets so many bytes.
+func readBytes(b *testing.B, conn net.Conn, count int) {
+	buf := make([]byte, min(count, 64<<10))
+	for count > 0 {
+		n, err := conn.Read(buf[:min(count, len(buf))])
+		if count -= n; err != nil {
+			b.Error(err)
+			return
+		}
+	}
+}
+
+// propose sends a BPM line and reads what is said to it.
+func propose(b *testing.B, conn net.Conn) {
+	io.WriteString(conn, "72\n")
+	buf := make([]byte, 256)
+	for n := 0; !bytes.HasSuffix(buf[:n], []byte(bpmPrompt)); {
+		more, err := conn.Read(buf[n:])
+		if n += more; err != nil {
+			b.Error(err)
+			return
+		}
+	}
+}
+
+// drawLine has either server draw: at once, or at the next tick.
+var drawLine = map[string]string{"bare": "D", "the program": "72\n"}
+
+// A draw is announced to as many validators as there may be descriptors for, up
+// to 10,000: what a validator takes of memory, a draw of time from its first hearer
+// to its last, hearing it of processor time, and joining of time.
+func BenchmarkDraw(b *testing.B) {
+	limit, err := exec.Command("sh", "-c", "ulimit -Hn").Output()
+	if err != nil {
+		b.Skip(err)
+	}
+	validators := 10_000
+	if n, err := strconv.Atoi(strings.TrimSpace(string(limit))); err == nil {
+		validators = min(validators, n-100)
+	}
+	const draws = 10
+	compare(b, func(server string) map[string]float64 {
+		p := startServer(b, server, "ROUND_INTERVAL=1s", "MAX_VALIDATORS=10001")
+		empty := p.memory("VmRSS")
+		start := time.Now()
+		conns := joinAll(b, p, validators)
+		joining := time.Since(start)
+
+		drawer := joinAll(b, p, 1)[0]
+		drawn := bufio.NewReader(drawer)
+		first, last := time.Now().Add(time.Hour), time.Time{}
+		var mu sync.Mutex
+		hear := func(conn net.Conn) {
+			readBytes(b, conn, newsSize)
+			now := time.Now()
+			mu.Lock()
+			defer mu.Unlock()
+			if now.Before(first) {
+				first = now
+			}
+			if now.After(last) {
+				last = now
+			}
+		}
+		var spreads []time.Duration
+		var before time.Duration
+		for draw := range 1 + draws {
+			if draw == 1 { // the first one is for warming up
+				before = p.cpu()
+			}
+			first, last = time.Now().Add(time.Hour), time.Time{}
+			var hearing sync.WaitGroup
+			for _, conn := range conns {
+				hearing.Go(func() { hear(conn) })
+			}
+			io.WriteString(drawer, drawLine[server])
+			readUntil(b, drawn, "winning validator: ")
+			readUntil(b, drawn, bpmPrompt)
+			hearing.Wait()
+			spreads = append(spreads, last.Sub(first))
+		}
+		cpu := p.cpu() - before
+		slices.Sort(spreads)
+		memory := p.memory("VmRSS") - empty
+		p.kill(conns, []net.Conn{drawer})
+		return map[string]float64{
+			"B/validator":      float64(memory) / float64(validators),
+			"ms-spread":        float64(spreads[draws/2]) / 1e6,
+			"µs-cpu/validator": float64(cpu) / 1e3 / float64(draws*validators),
+			"µs/join":          float64(joining) / 1e3 / float64(validators),
+		}
+	})
+	b.ReportMetric(float64(validators), "validators")
+}
+
+// BPM lines of 64 validators at once, one line at a time and 32.
+func BenchmarkLines(b *testing.B) {
+	for _, lines := range []int{1, 32} {
+		b.Run(strconv.Itoa(lines), func(b *testing.B) {
+			compare(b, func(server string) map[string]float64 {
+				p := startServer(b, server, "ROUND_INTERVAL=1h")
+				conns := joinAll(b, p, 64)
+				text := []byte(strings.Repeat("72\n", lines))
+				var count atomic.Int64
+				var talking sync.WaitGroup
+				start := time.Now()
+				for _, conn := range conns {
+					talking.Go(func() {
+						propose(b, conn) // the reply to the first line is another
+						for time.Since(start) < 2*time.Second {
+							conn.Write(text)
+							readBytes(b, conn, lines*replySize)
+							count.Add(int64(lines))
+						}
+					})
+				}
+				talking.Wait()
+				rate := float64(count.Load()) / time.Since(start).Seconds()
+				p.kill(conns)
+				return map[string]float64{"lines/s": rate}
+			})
+		})
+	}
+}
+
+// The first BPM lines of 4,000 validators at once, each a proposal.
+func BenchmarkFirstProposals(b *testing.B) {
+	const validators = 4000
+	compare(b, func(server string) map[string]float64 {
+		p := startServer(b, server, "ROUND_INTERVAL=1h")
+		conns := joinAll(b, p, validators)
+		var proposing sync.WaitGroup
+		begin := make(chan struct{})
+		for _, conn := range conns {
+			proposing.Go(func() {
+				<-begin
+				propose(b, conn)
+			})
+		}
+		start := time.Now()
+		close(begin)
+		proposing.Wait()
+		rate := validators / time.Since(start).Seconds()
+		p.kill(conns)
+		return map[string]float64{"lines/s": rate}
+	})
+}
+
+// One validator talks while a draw is announced to 2,000: the longest that it
+// waits for a reply, the median of twenty draws.
+func BenchmarkWorstReply(b *testing.B) {
+	compare(b, func(server string) map[string]float64 {
+		file := filepath.Join(b.TempDir(), "chain.jsonl")
+		p := startServer(b, server, "ROUND_INTERVAL=300ms", "CHAIN_FILE="+file)
+		conns := joinAll(b, p, 2000)
+		for _, conn := range conns {
+			go io.Copy(io.Discard, conn)
+		}
+		talker, drawer := joinAll(b, p, 1)[0], joinAll(b, p, 1)[0]
+		drawn := bufio.NewReader(drawer)
+		var worst []time.Duration
+		for range 20 {
+			over := make(chan struct{})
+			io.WriteString(drawer, drawLine[server])
+			go func() {
+				defer close(over)
+				readUntil(b, drawn, "winning validator: ")
+				readUntil(b, drawn, bpmPrompt)
+				time.Sleep(50 * time.Millisecond) // the others hear it too
+			}()
+			longest := time.Duration(0)
+			for waiting := true; waiting; {
+				start := time.Now()
+				propose(b, talker)
+				longest = max(longest, time.Since(start))
+				select {
+				case <-over:
+					waiting = false
+				default:
+				}
+			}
+			worst = append(worst, longest)
+		}
+		slices.Sort(worst)
+		p.kill(conns, []net.Conn{talker, drawer})
+		return map[string]float64{"ms-worst": float64(worst[len(worst)/2]) / 1e6}
+	})
+}
+
+// The whole chain, 10,000 blocks, is broadcast to 200 validators.
+func BenchmarkBroadcast(b *testing.B) {
+	const validators, broadcasts = 200, 10
+	file, size := newLongChainFile(b, 10_000)
+	message := size + len("\n[") + len("]\n") - 1 + len(bpmPrompt)
+	compare(b, func(server string) map[string]float64 {
+		p := startServer(b, server, "CHAIN_FILE="+file, "BROADCAST_INTERVAL=200ms", "BARE_CHAIN="+strconv.Itoa(message))
+		conns := joinAll(b, p, validators)
+		caller := joinAll(b, p, 1)[0]
+		go io.Copy(io.Discard, caller)
+		var took time.Duration
+		before := p.cpu()
+		for range broadcasts {
+			if server == "bare" {
+				io.WriteString(caller, "C")
+			}
+			var start time.Time
+			var once sync.Once
+			var hearing sync.WaitGroup
+			for _, conn := range conns {
+				hearing.Go(func() {
+					readBytes(b, conn, 1)
+					once.Do(func() { start = time.Now() })
+					readBytes(b, conn, message-1)
+				})
+			}
+			hearing.Wait()
+			took += time.Since(start)
+		}
+		cpu := p.cpu() - before
+		p.kill(conns, []net.Conn{caller})
+		total := float64(broadcasts * validators * message)
+		return map[string]float64{"MB/s": total / 1e6 / took.Seconds(), "s-cpu/GB": cpu.Seconds() / total * 1e9}
+	})
+}
+
+// A chain of a million blocks: the memory that the program takes at most, while
+// it reads the chain and while it broadcasts it, to the bytes of its file.
+func BenchmarkMemory(b *testing.B) {
+	file, size := newLongChainFile(b, 1_000_000)
+	for b.Loop() {
+		p := startServer(b, "the program", "CHAIN_FILE="+file, "BROADCAST_INTERVAL=2s")
+		b.ReportMetric(float64(p.memory("VmHWM"))/float64(size), "B/B-read")
+		conns := joinAll(b, p, 4)
+		var hearing sync.WaitGroup
+		for _, conn := range conns {
+			hearing.Go(func() { readBytes(b, conn, size) })
+		}
+		hearing.Wait()
+		b.ReportMetric(float64(p.memory("VmHWM"))/float64(size), "B/B-broadcast")
+		p.kill(conns)
+	}
+	b.ReportMetric(0, "ns/op")
 }
