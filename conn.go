@@ -39,7 +39,7 @@ const (
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
 	stallNudges    = 10                     // without a byte taken of what is written
-	stuckLimit     = 10 * time.Millisecond  // without a client served; see deliver
+	stuckLimit     = 10 * time.Millisecond  // without a client served; see tell
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
@@ -61,7 +61,7 @@ type server struct {
 	sessions map[*session]role // everyone connected, or gone with a stake in the round
 	admitted int               // sessions that are not refused
 
-	ended sync.WaitGroup // counts the sessions and the deliveries
+	ended sync.WaitGroup // counts the sessions
 }
 
 // A role is what a session is to the server.
@@ -270,8 +270,12 @@ func (s *server) broadcast(chain [][]byte) {
 	s.tell(&message{pieces: chain, isChain: true})
 }
 
-// tell puts the message in the outbox of each validator and sees that it is
-// delivered, without waiting for that.
+// tell has the message in the outbox of every validator when it returns, and
+// written or being written wherever nothing else is.
+//
+// It takes a few goroutines rather than one for each client, since the stacks of
+// thousands would stay with the process. A goroutine whose client takes nothing
+// is stuck with it; so whenever nobody was served for stuckLimit, there are twice as many.
 func (s *server) tell(m *message) {
 	s.mu.Lock()
 	listeners := make([]*session, 0, len(s.sessions))
@@ -281,34 +285,36 @@ func (s *server) tell(m *message) {
 		}
 	}
 	s.mu.Unlock()
-	for _, c := range listeners {
-		c.put(m)
-	}
-	s.ended.Go(func() { deliver(listeners) })
-}
 
-// deliver flushes the outboxes of all sessions, in a few goroutines rather than
-// in one each, since the stacks of thousands would stay with the process. A
-// goroutine whose client takes nothing is stuck with it; so whenever nobody was
-// served for stuckLimit, there are twice as many.
-func deliver(sessions []*session) {
-	var served atomic.Int64
-	flushAll := func() {
-		for i := served.Add(1); i <= int64(len(sessions)); i = served.Add(1) {
-			sessions[i-1].flush()
+	last := int64(len(listeners))
+	var taken, served atomic.Int64
+	done := make(chan struct{})
+	work := func() {
+		for i := taken.Add(1); i <= last; i = taken.Add(1) {
+			c := listeners[i-1]
+			myTurn := c.put(m)
+			if served.Add(1) == last {
+				close(done)
+			}
+			if myTurn {
+				c.endTurn()
+			}
 		}
 	}
 	workers, before := 0, int64(0)
-	for now := int64(0); now < int64(len(sessions)); now = served.Load() {
+	for now := int64(0); now < last; now = served.Load() {
 		if now == before {
 			more := max(workers, runtime.GOMAXPROCS(0))
 			for range more {
-				go flushAll()
+				go work()
 			}
 			workers += more
 		}
 		before = now
-		time.Sleep(stuckLimit)
+		select {
+		case <-done:
+		case <-time.After(stuckLimit):
+		}
 	}
 }
 
@@ -324,8 +330,8 @@ type message struct {
 //  1. One goroutine at a time writes: whose turn it is. The reader takes its
 //     turn before it acts on a line and ends it with the reply, so replies wait
 //     for a slow client and nothing more is read from it.
-//  2. put never waits. What it puts there is written by whoever has the turn, or
-//     else by flush. The order of what happened is the order of what is said.
+//  2. put never waits. What it puts there is written by whose turn it is. The order
+//     of what happened is the order of what is said.
 //  3. The outbox holds at most maxWaiting messages, and one broadcast.
 //  4. Nothing but the reader stays behind when all is said.
 type session struct {
@@ -455,18 +461,6 @@ func (c *session) endTurn() {
 	c.turnOver.Signal()
 }
 
-// flush writes what waits, unless it is somebody's turn, who then will.
-func (c *session) flush() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.busy {
-		c.busy = true
-		c.drain()
-		c.busy = false
-		c.turnOver.Signal()
-	}
-}
-
 // drain writes what waits. It is called with mu held, by whose turn it is, and
 // lets go of mu while it writes.
 func (c *session) drain() {
@@ -523,27 +517,38 @@ func (c *session) fail(err error) {
 	}
 }
 
-// put adds a message to what waits for the client. If that is too much already,
-// the client is given up; but if the message is a broadcast, it is left out.
-func (c *session) put(m *message) {
+// put adds a message to what waits for the client, and takes the turn if it is
+// nobody's: then the caller has to end it. If too much waits already the client is
+// given up; but if the message is a broadcast, it is left out.
+func (c *session) put(m *message) (myTurn bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	select {
-	case <-c.gone:
-		return
-	default:
-	}
-	switch full := len(c.waiting) == maxWaiting; {
-	case c.ended || c.err != nil:
+	full := len(c.waiting) == maxWaiting
+	switch {
+	case c.ended || c.err != nil || c.isGone():
+		return false
 	case m.isChain && (full || c.chainWaits):
+		return false
 	case full:
 		c.fail(errBehind)
+		return false
+	case c.gone != nil && !m.isChain:
+		m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
+	}
+	c.waiting = append(c.waiting, m)
+	c.chainWaits = c.chainWaits || m.isChain
+	myTurn = !c.busy
+	c.busy = true
+	return myTurn
+}
+
+// isGone reports whether the session's validator has left and is gone. mu is held.
+func (c *session) isGone() bool {
+	select {
+	case <-c.gone:
+		return true
 	default:
-		if c.gone != nil && !m.isChain {
-			m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
-		}
-		c.waiting = append(c.waiting, m)
-		c.chainWaits = c.chainWaits || m.isChain
+		return false
 	}
 }
 
