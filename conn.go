@@ -57,9 +57,9 @@ type server struct {
 	maxValidators int
 	log           *log.Logger
 
-	mu       sync.Mutex        // guards the following
-	sessions map[*session]role // everyone connected, or gone with a stake in the round
-	admitted int               // sessions that are not refused
+	mu       sync.Mutex // guards the following
+	sessions []*session // everyone connected, or gone with a stake in the round
+	admitted int        // sessions that are not refused
 
 	ended sync.WaitGroup // counts the sessions
 }
@@ -78,7 +78,6 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 		lottery:       lottery,
 		maxValidators: maxValidators,
 		log:           logger,
-		sessions:      make(map[*session]role),
 	}
 }
 
@@ -105,14 +104,14 @@ func (s *server) serve(ctx context.Context, listener net.Listener) {
 	}
 
 	s.mu.Lock()
-	for c := range s.sessions {
+	for _, c := range s.sessions {
 		c.conn.SetReadDeadline(time.Now()) // wakes its reader, which finds ctx done
 	}
 	s.mu.Unlock()
 	defer time.AfterFunc(stopLimit, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for c := range s.sessions {
+		for _, c := range s.sessions {
 			c.conn.Close()
 		}
 	}).Stop()
@@ -131,7 +130,7 @@ func (s *server) nudge(ctx context.Context) {
 		case <-ticker.C:
 		}
 		s.mu.Lock()
-		for c := range s.sessions {
+		for _, c := range s.sessions {
 			c.nudge()
 		}
 		s.mu.Unlock()
@@ -146,16 +145,17 @@ func (s *server) open(ctx context.Context, conn net.Conn) {
 	switch {
 	case s.admitted < s.maxValidators:
 		s.admitted++
-		s.sessions[c] = guest
-		s.ended.Add(1)
+		c.role = guest
 		go s.handleConn(ctx, c)
 	case len(s.sessions)-s.admitted < maxRefusals:
-		s.sessions[c] = refused
-		s.ended.Add(1)
 		go s.close(ctx, c, "server full, try again later\n")
 	default:
 		conn.Close()
+		return
 	}
+	c.place = len(s.sessions)
+	s.sessions = append(s.sessions, c)
+	s.ended.Add(1)
 }
 
 // handleConn leads a client from connecting to its token balance.
@@ -184,7 +184,7 @@ func (s *server) handleConn(ctx context.Context, c *session) {
 func (s *server) join(c *session, stake int64) *validator {
 	v, validators, tokens := s.lottery.join(newAddress(), stake)
 	s.mu.Lock()
-	s.sessions[c] = member
+	c.role = member
 	s.mu.Unlock()
 	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
 	c.say("validator ", v.address, " stakes ", strconv.FormatInt(stake, 10), " tokens\n", bpmPrompt)
@@ -249,10 +249,14 @@ func (s *server) close(ctx context.Context, c *session, lastWords string) {
 	defer s.ended.Done()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.sessions[c] != refused {
+	if c.role != refused {
 		s.admitted--
 	}
-	delete(s.sessions, c)
+	last := len(s.sessions) - 1
+	s.sessions[c.place] = s.sessions[last]
+	s.sessions[c.place].place = c.place
+	s.sessions[last] = nil
+	s.sessions = s.sessions[:last]
 }
 
 // announce tells all validators who won.
@@ -279,8 +283,8 @@ func (s *server) broadcast(chain [][]byte) {
 func (s *server) tell(m *message) {
 	s.mu.Lock()
 	listeners := make([]*session, 0, len(s.sessions))
-	for c, role := range s.sessions {
-		if role == member {
+	for _, c := range s.sessions {
+		if c.role == member {
 			listeners = append(listeners, c)
 		}
 	}
@@ -338,6 +342,9 @@ type session struct {
 	conn    net.Conn
 	lines   *bufio.Reader // the reader's own
 	replies []byte        // to lines that came together; whose turn it is has them
+
+	place int  // in the server's sessions, guarded by its mutex, like the next
+	role  role // what it is to the server
 
 	mu         sync.Mutex // guards the following; never held while writing
 	turnOver   sync.Cond  // signals that busy is false again

@@ -687,7 +687,7 @@ func (w *world) wantBounded() {
 	w.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for c := range w.sessions {
+	for _, c := range w.sessions {
 		c.mu.Lock()
 		chains := 0
 		for _, m := range c.waiting {
