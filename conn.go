@@ -350,7 +350,6 @@ type session struct {
 	turnOver   sync.Cond  // signals that busy is false again
 	busy       bool       // it is somebody's turn
 	chainWaits bool       // one of the waiting, or the one being written, is a broadcast
-	ended      bool       // its last words are said
 	waiting    []*message
 	err        error           // why nothing can be said any more; conn is closed then
 	gone       <-chan struct{} // set when its validator leaves, closed when that is over
@@ -443,8 +442,8 @@ func (c *session) say(parts ...string) {
 	}
 }
 
-// takeTurn waits until it is the reader's turn, and writes what waits. Its error
-// says why nothing can be said any more.
+// takeTurn waits until it is the reader's turn. Its error says why nothing can
+// be said any more.
 func (c *session) takeTurn() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -452,7 +451,6 @@ func (c *session) takeTurn() error {
 		c.turnOver.Wait()
 	}
 	c.busy = true
-	c.drain()
 	return c.err
 }
 
@@ -519,7 +517,7 @@ func (c *session) nudge() {
 // reader. mu is held.
 func (c *session) fail(err error) {
 	if err != nil && c.err == nil {
-		c.err, c.waiting = err, nil
+		c.err = err
 		c.conn.Close()
 	}
 }
@@ -532,7 +530,7 @@ func (c *session) put(m *message) (myTurn bool) {
 	defer c.mu.Unlock()
 	full := len(c.waiting) == maxWaiting
 	switch {
-	case c.ended || c.err != nil || c.isGone():
+	case c.isGone():
 		return false
 	case m.isChain && (full || c.chainWaits):
 		return false
@@ -566,11 +564,7 @@ func (c *session) isGone() bool {
 func (c *session) end(lastWords string) {
 	defer c.conn.Close()
 	c.endTurn()
-	c.takeTurn()
-	c.mu.Lock()
-	c.ended = true
-	c.mu.Unlock()
-	if lastWords == "" || c.write([]byte(lastWords)) != nil {
+	if c.takeTurn() != nil || lastWords == "" || c.write([]byte(lastWords)) != nil {
 		return
 	}
 	if conn, ok := c.conn.(interface{ CloseWrite() error }); ok {

@@ -854,7 +854,7 @@ func TestStopWithTenThousand(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 10_000 }
 	testWorldWith(t, set, func(w *world) {
 		var all []*client
-		for i := range 9_000 {
+		for i := range w.maxValidators {
 			switch i % 3 {
 			case 0:
 				all = append(all, w.connect())
