@@ -45,7 +45,7 @@ const (
 )
 
 var (
-	errLongLine = fmt.Errorf("it sent a line of more than %d bytes", maxLine)
+	errLongLine = errors.New("the line is too long")
 	errHungUp   = errors.New("it sends nothing more")
 	errStalled  = fmt.Errorf("it took nothing for %v", stallNudges*nudgeInterval)
 	errBehind   = fmt.Errorf("it is %d messages behind", maxWaiting)
@@ -142,25 +142,26 @@ func (s *server) open(ctx context.Context, conn net.Conn) {
 	c := newSession(conn)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.admitted < s.maxValidators:
-		s.admitted++
-		c.role = guest
-		go s.handleConn(ctx, c)
-	case len(s.sessions)-s.admitted < maxRefusals:
-		go s.close(ctx, c, "server full, try again later\n")
-	default:
+	full := s.admitted == s.maxValidators
+	if full && len(s.sessions)-s.admitted == maxRefusals {
 		conn.Close()
 		return
 	}
 	c.place = len(s.sessions)
 	s.sessions = append(s.sessions, c)
 	s.ended.Add(1)
+	if full {
+		go s.close(ctx, c, "server full, try again later\n")
+		return
+	}
+	s.admitted++
+	c.role = guest
+	conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before a stop can set another
+	go s.handleConn(ctx, c)
 }
 
 // handleConn leads a client from connecting to its token balance.
 func (s *server) handleConn(ctx context.Context, c *session) {
-	c.conn.SetReadDeadline(time.Now().Add(balanceLimit))
 	c.say(balancePrompt)
 	stake, err := c.readNumber(1, maxStake, balancePrompt)
 	var bad badLine

@@ -635,6 +635,22 @@ func TestBehind(t *testing.T) {
 	})
 }
 
+// Clients that take nothing, however many, hold up the others for a moment at
+// most when a draw is announced.
+func TestStalledHoldUpLittle(t *testing.T) {
+	testWorld(t, func(w *world) {
+		for range 500 {
+			w.joinDeaf()
+		}
+		last := w.join(1)
+		last.send("72\n")
+		last.heard.take()
+		w.advance(30 * time.Second)
+		w.advance(10 * stuckLimit) // each time twice as many are served
+		last.want(last.wins())
+	})
+}
+
 // A failing Accept is tried again, later and later, and then all is as before.
 func TestAcceptFails(t *testing.T) {
 	testWorld(t, func(w *world) {
@@ -763,7 +779,7 @@ func TestHostileClients(t *testing.T) {
 		"sends every byte value": func(w *world) {
 			for b := range 256 {
 				for _, c := range []*client{w.connect(), w.join(1)} {
-					io.WriteString(c, string([]byte{byte(b), '\n'}))
+					c.Write([]byte{byte(b), '\n'})
 					synctest.Wait()
 					if heard := c.heard.take(); !terminalSafe(heard) {
 						w.Errorf("after byte %#x: heard %q", b, heard)

@@ -81,15 +81,15 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	if err != nil {
 		return err
 	}
-	address := net.JoinHostPort(set.host, strconv.Itoa(set.port))
-	listener, err := net.Listen("tcp", address)
+	port := strconv.Itoa(set.port)
+	listener, err := net.Listen("tcp", net.JoinHostPort(set.host, port))
 	if err != nil {
-		return fmt.Errorf("cannot listen on PORT %d of HOST %q, which must be a free port of an address of this machine: %w",
-			set.port, set.host, err)
+		return fmt.Errorf("cannot use %q for PORT with %q for HOST: want a free port of an address of this machine: %w",
+			port, set.host, err)
 	}
 	chain, err := openBlockchain(set.chainFile, logger)
 	if err != nil {
-		return fmt.Errorf("cannot use the chain in CHAIN_FILE: %w", err)
+		return fmt.Errorf("cannot use %q for CHAIN_FILE: %w", set.chainFile, err)
 	}
 	logger.Printf("listening on %v; join with: nc %s %d", listener.Addr(),
 		cmp.Or(set.host, "localhost"), listener.Addr().(*net.TCPAddr).Port)

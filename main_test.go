@@ -240,7 +240,7 @@ func TestRestart(t *testing.T) {
 	writeFile(t, file, text)
 	cmd := program(t, "PORT=0", "CHAIN_FILE="+file)
 	out, _ := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "cannot use the chain in CHAIN_FILE: "+file+", line 3: its Hash is ") || bytes.Count(out, []byte("\n")) != 1 {
+	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "cannot use \""+file+"\" for CHAIN_FILE: "+file+", line 3: its Hash is ") || bytes.Count(out, []byte("\n")) != 1 {
 		t.Errorf("with a damaged file: %v, %s", cmd.ProcessState, out)
 	}
 	if !bytes.Equal(readFile(t, file), text) {
@@ -342,8 +342,8 @@ func TestCannotStart(t *testing.T) {
 		want string
 	}{
 		{[]string{"PORT=high"}, `cannot use "high" for PORT: want a whole number from 0 to 65535`},
-		{[]string{"HOST=localhost", "PORT=" + port}, "cannot listen on PORT " + port + ` of HOST "localhost", which must be`},
-		{[]string{"HOST=256.0.0.1"}, `cannot listen on PORT 9000 of HOST "256.0.0.1", which must be`},
+		{[]string{"HOST=localhost", "PORT=" + port}, `cannot use "` + port + `" for PORT with "localhost" for HOST: want a free port of an address of this machine: `},
+		{[]string{"HOST=256.0.0.1"}, `cannot use "9000" for PORT with "256.0.0.1" for HOST: want a free port`},
 	} {
 		cmd := program(t, test.env...)
 		out, err := cmd.CombinedOutput()
