@@ -135,13 +135,12 @@ func (l *lottery) join(address string, stake int64) (v *validator, validators in
 // It returns the Index that the candidate's block would get, whether the candidate
 // is a new one, and the time to the draw.
 func (l *lottery) propose(v *validator, bpm int) (index int, added bool, drawIn time.Duration) {
-	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if added = !l.round.has(v); added {
-		l.round.add(v, candidate{v.address, bpm, now})
+		l.round.add(v, candidate{v.address, bpm, time.Now()})
 	}
-	return l.round.index, added, l.roundInterval - now.Sub(l.lastTick)%l.roundInterval
+	return l.round.index, added, l.roundInterval - time.Since(l.lastTick)%l.roundInterval
 }
 
 // disqualify puts the validator out at once, with its stake and its candidate.
