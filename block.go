@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// A Block is one heartbeat rate on the chain. Its fields, in this order, are
+// A Block is one heart rate on the chain. Its fields, in this order, are
 // the keys of its JSON object.
 type Block struct {
 	Index     int    // height: 0 for the genesis block
@@ -55,22 +55,22 @@ func parseBlock(object string) (Block, error) {
 	for i, part := range jsonParts {
 		var found bool
 		if values[i], rest, found = strings.Cut(rest, part); !found {
-			return Block{}, fmt.Errorf("want %s in it", part)
+			return Block{}, fmt.Errorf("it is no block: want %s in it", part)
 		}
 	}
 	block := Block{Timestamp: values[2], Hash: values[4], PrevHash: values[5], Validator: values[6]}
 	var err error
 	if block.Index, err = strconv.Atoi(values[1]); err != nil {
-		return Block{}, fmt.Errorf("its Index is not a number: %w", err)
+		return Block{}, fmt.Errorf("its Index is %q, want a whole number", values[1])
 	}
 	if block.BPM, err = strconv.Atoi(values[3]); err != nil {
-		return Block{}, fmt.Errorf("its BPM is not a number: %w", err)
+		return Block{}, fmt.Errorf("its BPM is %q, want a whole number", values[3])
 	}
 	if !isPlain(block.Timestamp) || !isPlain(block.Validator) {
 		return Block{}, fmt.Errorf("want letters, digits and :.+- alone in its Timestamp %q and its Validator %q", block.Timestamp, block.Validator)
 	}
 	if string(block.appendJSON(make([]byte, 0, maxBlock))) != object {
-		return Block{}, fmt.Errorf("want it to be %s", block.appendJSON(nil))
+		return Block{}, fmt.Errorf("it is %q, want %q", object, block.appendJSON(nil))
 	}
 	return block, nil
 }

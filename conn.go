@@ -227,7 +227,7 @@ func (s *server) part(ctx context.Context, c *session, v *validator, err error) 
 		return
 	}
 	if ctx.Err() == nil {
-		s.log.Printf("validator %s is out after the draw: %v", v.address, err)
+		s.log.Printf("validator %s leaves, its stake stays until the draw: %v", v.address, err)
 		c.mu.Lock() // no message may come between the two
 		c.gone = s.lottery.leave(v)
 		c.mu.Unlock()

@@ -513,7 +513,7 @@ func TestHalfClose(t *testing.T) {
 		c.send("72")
 		c.halfClose()
 		c.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
-		w.wantLog("validator " + c.address + " is out after the draw: it sends nothing more\n")
+		w.wantLog("validator " + c.address + " leaves, its stake stays until the draw: it sends nothing more\n")
 		w.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
 		c.wantClosed("\nwinning validator: " + c.address + "\n")
 		w.wantInside(0, 0)
@@ -601,7 +601,7 @@ func TestStall(t *testing.T) {
 				w.advance(pause)
 				c.Read(make([]byte, 1))
 			}
-			if stalled := strings.Contains(w.log.take(), " is out after the draw: it took nothing for 10s\n"); stalled != dropped {
+			if stalled := strings.Contains(w.log.take(), " leaves, its stake stays until the draw: it took nothing for 10s\n"); stalled != dropped {
 				t.Errorf("a byte every %v: dropped: %v, want %v", pause, stalled, dropped)
 			}
 		})

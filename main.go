@@ -1,6 +1,6 @@
 // Proof-of-stake is a proof-of-stake lottery behind one TCP port.
 //
-// A validator connects with nc or telnet, stakes tokens and enters heartbeat
+// A validator connects with nc or telnet, stakes tokens and enters heart
 // rates (BPM). Each BPM proposes a block. In every round one of the proposed
 // blocks is drawn, with a chance in proportion to its validator's stake, joins
 // the chain, and all validators hear whose it was.
@@ -40,11 +40,11 @@ terminals, as often as you like:
 
     nc localhost 9000
 
-Stake some tokens, then enter a heartbeat rate (BPM) to propose a block. In every
+Stake some tokens, then enter a heart rate (BPM) to propose a block. In every
 round one of the proposed blocks is drawn and joins the chain; the more tokens a
 validator stakes, the better its chance. Everyone hears who won, and once a
-minute gets the chain. The server prints each block of the chain on standard
-output and its log on standard error. Ctrl-C stops it.
+minute gets the chain. The server prints each block that joins the chain on
+standard output and its log on standard error. Ctrl-C stops it.
 
 Settings are read from the environment, then from the file .env in the working
 directory, then from these defaults:
@@ -68,7 +68,8 @@ func main() {
 	}
 	logger := log.New(os.Stderr, "", log.LstdFlags)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // so that a second Ctrl-C kills
+	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
+	signal.Ignore(syscall.SIGPIPE) // the validators stay when whoever reads the blocks does not
 	if err := run(ctx, os.Stdout, logger); err != nil {
 		logger.Fatal(err)
 	}
@@ -108,7 +109,9 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 		close(served)
 	}()
 	err = lottery.run(ctx, server)
-	logger.Print("shutting down")
+	if err == nil {
+		logger.Print("shutting down")
+	}
 	stopServing()
 	<-served
 	return err

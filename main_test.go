@@ -73,7 +73,9 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.Stdout = &p.stdout
+	if p.Stdout == nil {
+		p.Stdout = &p.stdout
+	}
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -265,6 +267,31 @@ func TestFileTakenAway(t *testing.T) {
 	p.Wait()
 	if log := p.stderr.take(); p.ProcessState.ExitCode() != 1 || !strings.Contains(log, "the chain cannot go on: stat "+file+": no such file") {
 		t.Errorf("%v, logged %s", p.ProcessState, log)
+	}
+}
+
+// The program goes on when nobody reads the blocks, as after | head.
+func TestNobodyReadsTheBlocks(t *testing.T) {
+	reader, blocks, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader.Close()
+	cmd := program(t, "PORT=0", "HOST=localhost", "ROUND_INTERVAL=300ms", "CHAIN_FILE=")
+	cmd.Stdout = blocks
+	p := startCommand(t, cmd)
+	blocks.Close()
+	c := p.dial(t)
+	say(t, c, "100\n72")
+	readUntil(t, c, "winning validator: ")
+	readUntil(t, c, bpmPrompt)
+	p.Process.Signal(syscall.SIGTERM)
+	<-p.logged
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+	if log := p.stderr.take(); !strings.Contains(log, "cannot print block 1: ") {
+		t.Errorf("logged %s", log)
 	}
 }
 
