@@ -76,7 +76,7 @@ func parseBlock(object string) (Block, error) {
 }
 
 // isPlain reports whether s has nothing in it that JSON would have to escape,
-// or that a terminal would obey. Times and addresses have not.
+// or that a terminal would obey. Times and addresses never have.
 func isPlain(s string) bool {
 	for _, c := range []byte(s) {
 		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != ':' && c != '.' && c != '+' && c != '-' {
@@ -154,8 +154,8 @@ type chainFile interface {
 var errChainLost = errors.New("the chain cannot go on")
 
 // chunkSize is the capacity of a chunk in bytes. A slice that grew as one piece
-// would at times hold twice the chain, once more for each client still reading
-// an older copy. Pieces that fit into a socket's buffer cost more to write.
+// would at times hold the chain twice, and once more for whoever still reads an
+// older copy. Many small pieces would cost their readers more.
 const chunkSize = 4 << 20
 
 // openBlockchain returns the chain in the file of that name, or a new one that is
@@ -212,7 +212,8 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 	}
 	c.file = file
 	if torn := info.Size() - c.size; torn > 0 {
-		if err := file.Truncate(c.size); err != nil {
+		// By its name, since on Windows a file that is open for appending cannot be cut.
+		if err := os.Truncate(file.Name(), c.size); err != nil {
 			return err
 		}
 		logger.Printf("dropped the last %d bytes of %s, a line without its end", torn, file.Name())
@@ -221,9 +222,12 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 		if err := c.append(generateBlock(nothing, 0, "", time.Now())); err != nil {
 			return err
 		}
-		return syncDir(filepath.Dir(file.Name()))
 	}
-	return nil
+	// Whoever wrote what has been read may not have come to this.
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(file.Name()))
 }
 
 // syncDir makes the names of new files in the directory last.

@@ -38,17 +38,16 @@ const (
 
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
-	stallNudges    = 10                     // without a byte taken of what is written
-	stuckLimit     = 10 * time.Millisecond  // without a client served; see tell
+	stallLimit     = 10 * time.Second       // without a byte taken of what is written
+	stuckLimit     = 10 * time.Millisecond  // between more workers and still more; see tell
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
 
 var (
-	errLongLine = errors.New("the line is too long")
-	errHungUp   = errors.New("it sends nothing more")
-	errStalled  = fmt.Errorf("it took nothing for %v", stallNudges*nudgeInterval)
-	errBehind   = fmt.Errorf("it is %d messages behind", maxWaiting)
+	errHungUp  = errors.New("it sends nothing more")
+	errStalled = fmt.Errorf("it took nothing for %v", stallLimit)
+	errBehind  = fmt.Errorf("it is %d messages behind", maxWaiting)
 )
 
 // A server holds the connections of the validators of one lottery.
@@ -183,7 +182,7 @@ func (s *server) handleConn(ctx context.Context, c *session) {
 
 // join makes the client a validator, who from now on hears what everyone hears.
 func (s *server) join(c *session, stake int64) *validator {
-	v, validators, tokens := s.lottery.join(newAddress(), stake)
+	v, validators, tokens := s.lottery.join(stake)
 	s.mu.Lock()
 	c.role = member
 	s.mu.Unlock()
@@ -266,13 +265,10 @@ func (s *server) announce(winner Block) {
 	s.tell(&message{pieces: [][]byte{[]byte(news)}})
 }
 
-// broadcast sends the chain to all validators. What stands around it goes into
-// the first and the last piece, since small pieces cost a write for each client.
+// broadcast sends the chain to all validators.
 func (s *server) broadcast(chain [][]byte) {
-	first, last := &chain[0], &chain[len(chain)-1]
-	*first = slices.Concat([]byte("\n["), *first)
-	*last = slices.Concat(*last, []byte("]\n"+bpmPrompt))
-	s.tell(&message{pieces: chain, isChain: true})
+	pieces := slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)})
+	s.tell(&message{pieces: pieces, isChain: true})
 }
 
 // tell has the message in the outbox of every validator when it returns, and
@@ -280,7 +276,7 @@ func (s *server) broadcast(chain [][]byte) {
 //
 // It takes a few goroutines rather than one for each client, since the stacks of
 // thousands would stay with the process. A goroutine whose client takes nothing
-// is stuck with it; so whenever nobody was served for stuckLimit, there are twice as many.
+// is stuck with it; so they become more every stuckLimit, and fast the more there are.
 func (s *server) tell(m *message) {
 	s.mu.Lock()
 	listeners := make([]*session, 0, len(s.sessions))
@@ -306,16 +302,10 @@ func (s *server) tell(m *message) {
 			}
 		}
 	}
-	workers, before := 0, int64(0)
-	for now := int64(0); now < last; now = served.Load() {
-		if now == before {
-			more := max(workers, runtime.GOMAXPROCS(0))
-			for range more {
-				go work()
-			}
-			workers += more
+	for workers := runtime.GOMAXPROCS(0); served.Load() < last; workers *= 2 {
+		for range min(int64(workers), last-taken.Load()) {
+			go work()
 		}
-		before = now
 		select {
 		case <-done:
 		case <-time.After(stuckLimit):
@@ -335,8 +325,8 @@ type message struct {
 //  1. One goroutine at a time writes: whose turn it is. The reader takes its
 //     turn before it acts on a line and ends it with the reply, so replies wait
 //     for a slow client and nothing more is read from it.
-//  2. put never waits. What it puts there is written by whose turn it is. The order
-//     of what happened is the order of what is said.
+//  2. put never waits. What it puts there is written by whose turn it is, in that
+//     order, and after the replies of the same turn.
 //  3. The outbox holds at most maxWaiting messages, and one broadcast.
 //  4. Nothing but the reader stays behind when all is said.
 type session struct {
@@ -393,8 +383,6 @@ func (c *session) readNumber(low, high int, prompt string) (int, error) {
 			}
 		}
 		switch {
-		case err == errLongLine:
-			return 0, badLine(line)
 		case err != nil:
 			return 0, err
 		case len(line) > 0:
@@ -420,20 +408,21 @@ func (c *session) hasLine() bool {
 }
 
 // readLine returns the next line without its end and the blanks around it,
-// valid until the next call. The last line needs no end. Of a line longer than
-// maxLine the beginning comes with errLongLine.
+// valid until the next call. The last line needs no end. If the line is longer
+// than maxLine, its beginning is the error, a badLine.
 func (c *session) readLine() ([]byte, error) {
 	line, err := c.lines.ReadSlice('\n')
 	length := len(bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r")))
+	line = bytes.TrimSpace(line)
 	switch {
 	case err == bufio.ErrBufferFull || length > maxLine:
-		err = errLongLine
+		err = badLine(line)
 	case err == io.EOF && length > 0:
 		err = nil
 	case err == io.EOF:
 		err = errHungUp
 	}
-	return bytes.TrimSpace(line), err
+	return line, err
 }
 
 // say adds to the replies. The reader has the turn.
@@ -487,17 +476,18 @@ func (c *session) drain() {
 }
 
 // write writes for whose turn it is. The client may take the piece as slowly as
-// it likes, but must take some of it between stallNudges nudges.
+// it likes, but must take some of it every stallLimit. That counts from the first
+// nudge, so it may last two nudgeIntervals more.
 func (c *session) write(piece []byte) (err error) {
-	for nudges := 0; len(piece) > 0 && err == nil; {
+	for since := (time.Time{}); len(piece) > 0 && err == nil; {
 		var n int
 		n, err = c.conn.Write(piece)
 		piece = piece[n:]
-		if nudges++; n > 0 {
-			nudges = 0
-		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			if err = errStalled; nudges < stallNudges {
+			if n > 0 || since.IsZero() {
+				since = time.Now()
+			}
+			if err = errStalled; time.Since(since) < stallLimit {
 				err = c.conn.SetWriteDeadline(time.Time{})
 			}
 		}

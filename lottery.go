@@ -80,7 +80,7 @@ func (r *round) add(v *validator, c candidate) {
 // wait.
 type audience interface {
 	announce(winner Block)
-	broadcast(chain [][]byte) // what Blockchain.latest returned, its own to keep
+	broadcast(chain [][]byte) // what Blockchain.latest returned
 }
 
 // A lottery decides, round by round, whose block joins the chain.
@@ -108,6 +108,7 @@ func newLottery(chain *Blockchain, stdout io.Writer, logger *log.Logger) *lotter
 		log:        logger,
 		round:      round{index: chain.head.Index + 1},
 		validators: make(map[string]*validator),
+		lastTick:   time.Now(),
 	}
 }
 
@@ -120,13 +121,12 @@ func newAddress() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// join makes a validator of an address and returns it with the number of
-// validators and of their tokens.
-func (l *lottery) join(address string, stake int64) (v *validator, validators int, tokens int64) {
+// join returns a new validator, with the number of validators and of their tokens.
+func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64) {
+	v = &validator{address: newAddress(), stake: stake}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	v = &validator{address: address, stake: stake}
-	l.validators[address] = v
+	l.validators[v.address] = v
 	l.tokens += stake
 	return v, len(l.validators), l.tokens
 }
@@ -183,9 +183,6 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 	defer draws.Stop()
 	broadcasts := time.NewTicker(l.broadcastInterval)
 	defer broadcasts.Stop()
-	l.mu.Lock()
-	l.lastTick = time.Now()
-	l.mu.Unlock()
 
 	l.dump(l.chain.head)
 	for {
@@ -212,8 +209,9 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
 // the chain, announces it and lets the departed go. While the block is being
 // added the next round is open already, since that may take long and must not
-// hold up anybody. If it fails, both rounds become one, and nobody is let go.
-// The error is errChainLost, after which no draw can succeed.
+// hold up anybody. If adding it fails, both rounds become one, and of the departed
+// those with a candidate stay for its draw. The error is errChainLost, after which
+// no draw can succeed.
 func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
 	l.mu.Lock()
 	drawn := l.round
@@ -225,23 +223,27 @@ func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
 		slot := drawn.pool.winner(drawTicket(drawn.pool.total))
 		won := drawn.tempBlocks[slot]
 		winner := generateBlock(l.chain.head, won.bpm, won.address, won.proposed)
-		if err := l.chain.append(winner); err != nil {
-			l.reopen(drawn)
-			if errors.Is(err, errChainLost) {
-				return err
-			}
+		switch err := l.chain.append(winner); {
+		case errors.Is(err, errChainLost):
+			return err
+		case err != nil:
 			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
-			return nil
+			l.reopen(drawn)
+		default:
+			l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
+				winner.Index, winner.Validator, drawn.pool.stakes[slot], len(drawn.tempBlocks), drawn.pool.total)
+			everyone.announce(winner)
+			l.dump(winner)
 		}
-		l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
-			winner.Index, winner.Validator, drawn.pool.stakes[slot], len(drawn.tempBlocks), drawn.pool.total)
-		everyone.announce(winner)
-		l.dump(winner)
 	}
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, v := range drawn.departed {
+		if l.round.has(v) {
+			l.round.departed = append(l.round.departed, v)
+			continue
+		}
 		l.remove(v)
 		close(v.gone)
 	}
@@ -254,13 +256,13 @@ func drawTicket(total int64) int64 {
 	return ticket.Int64()
 }
 
-// reopen takes a draw back: the candidates of the drawn round, and of those that
-// came since the ones of other validators, are in the round that is open.
+// reopen takes a draw back: its candidates are in the open round again, instead of
+// any that the same validators have proposed since.
 func (l *lottery) reopen(drawn round) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	since := l.round
-	l.round = round{index: drawn.index, departed: append(drawn.departed, since.departed...)}
+	l.round = round{index: drawn.index, departed: since.departed}
 	for _, c := range append(drawn.tempBlocks, since.tempBlocks...) {
 		if v, in := l.validators[c.address]; in && !l.round.has(v) {
 			l.round.add(v, c)

@@ -118,7 +118,7 @@ func testLottery(t testing.TB) *lottery {
 // joinMany returns validators with these stakes.
 func joinMany(l *lottery, stakes ...int64) (vs []*validator) {
 	for _, stake := range stakes {
-		v, _, _ := l.join(newAddress(), stake)
+		v, _, _ := l.join(stake)
 		vs = append(vs, v)
 	}
 	return vs
