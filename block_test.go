@@ -43,7 +43,7 @@ func TestHashWithCommonTools(t *testing.T) {
 			t.Skip(err)
 		}
 	}
-	block := generateBlock(golden, -7, newAddress(), time.Now())
+	block := generateBlock(golden, -7, golden.Validator, time.Now())
 	cmd := exec.Command("sh", "-c", `jq -cj '.Hash=""' | sha256sum`)
 	cmd.Stdin = bytes.NewReader(block.appendJSON(nil))
 	out, err := cmd.Output()
@@ -79,7 +79,7 @@ func TestJSONIsThatOfEncodingJSON(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 8))
 	block := nothing
 	for range 1000 {
-		block = generateBlock(block, int(random.Int64()), newAddress(), time.Unix(random.Int64N(1<<33), random.Int64N(1e9)))
+		block = generateBlock(block, int(random.Int64()), golden.Validator, time.Unix(random.Int64N(1<<33), random.Int64N(1e9)))
 		want, err := json.Marshal(block)
 		if err != nil {
 			t.Fatal(err)
@@ -113,7 +113,7 @@ func TestValidateBlock(t *testing.T) {
 		"upper-case hash": {func(b *Block) { b.Hash = strings.ToUpper(b.Hash) }, "its Hash is"},
 		"time":            {func(b *Block) { b.Timestamp = golden.Timestamp }, "its Hash is"},
 		"BPM":             {func(b *Block) { b.BPM++ }, "its Hash is"},
-		"validator":       {func(b *Block) { b.Validator = newAddress() }, "its Hash is"},
+		"validator":       {func(b *Block) { b.Validator = golden.Hash }, "its Hash is"},
 	} {
 		spoilt := block
 		test.spoil(&spoilt)
@@ -140,6 +140,26 @@ func newBlockchain(t testing.TB) *Blockchain {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// blocks returns the blocks of a chain after checking all of them.
+func blocks(t *testing.T, c *Blockchain) (all []Block) {
+	t.Helper()
+	text := "[" + string(bytes.Join(c.latest(0), nil)) + "]"
+	if err := json.Unmarshal([]byte(text), &all); err != nil {
+		t.Fatalf("%v in %.300s", err, text)
+	}
+	last := nothing
+	for _, block := range all {
+		if err := validateBlock(block, last); err != nil {
+			t.Fatalf("block %d: %v", block.Index, err)
+		}
+		last = block
+	}
+	if last != c.head {
+		t.Fatalf("the head is %v, want the last block, %v", c.head, last)
+	}
+	return all
 }
 
 func TestAppendRefuses(t *testing.T) {
@@ -362,12 +382,26 @@ func TestFileDamaged(t *testing.T) {
 	} {
 		refused([]byte(other+"\n"), 1)
 	}
-	for _, timestamp := range []string{"\x1b[2J", `\u0041`, "é", `"`, "<"} {
-		block := Block{Timestamp: timestamp}
-		block.Hash = calculateBlockHash(block)
-		refused(append(block.appendJSON(nil), '\n'), 1)
+	genesis, err := parseBlock(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range []string{"\x1b[2J", `\u0041`, "é", `"`, "<"} {
+		first := Block{Timestamp: other}
+		first.Hash = calculateBlockHash(first)
+		refused(append(first.appendJSON(nil), '\n'), 1)
+		second := generateBlock(genesis, 0, other, time.Now())
+		refused(join(lines[0], second.appendJSON(nil), []byte("\n")), 2)
 	}
 }
+
+// A hookedFile does something else in Sync.
+type hookedFile struct {
+	chainFile
+	sync func() error
+}
+
+func (f *hookedFile) Sync() error { return f.sync() }
 
 // A failingFile fails where it is told to.
 type failingFile struct {

@@ -39,7 +39,7 @@ const (
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
 	stallLimit     = 10 * time.Second       // without a byte taken of what is written
-	stuckLimit     = 10 * time.Millisecond  // between more workers and still more; see tell
+	stuckLimit     = 25 * time.Millisecond  // between more workers and still more; see tell
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )

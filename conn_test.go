@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"math/rand/v2"
 	"net"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -318,6 +320,27 @@ func TestEverybodyHears(t *testing.T) {
 	})
 }
 
+// Where both ticks wait for a draw that takes long, the next draw is first.
+func TestDrawComesFirst(t *testing.T) {
+	for range 20 { // or a toss of a coin would do
+		testWorld(t, func(w *world) {
+			name, _ := newChainFile(t, 1)
+			chain := open(t, name)
+			file := &hookedFile{chain.file, func() error { time.Sleep(40 * time.Second); return nil }}
+			w.lottery.chain.file, w.lottery.chain.size = file, chain.size
+			c := w.join(1)
+			c.send("72\n")
+			w.advance(35 * time.Second) // the draw of 30 s goes on until 70 s
+			file.sync = func() error { return nil }
+			c.send("73\n")
+			w.advance(36 * time.Second)
+			if heard := c.heard.take(); strings.Count(heard, "winning") != 2 || !strings.Contains(heard, `"Index":2,`) {
+				t.Errorf("heard %q", heard)
+			}
+		})
+	}
+}
+
 func TestBroadcastBlocks(t *testing.T) {
 	set := func(s *server) {
 		s.lottery.broadcastBlocks = 2
@@ -616,6 +639,20 @@ func TestStall(t *testing.T) {
 		w.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
 		w.wantInside(0, 0)
 	})
+	for start := time.Duration(0); start < nudgeInterval; start += nudgeInterval / 10 {
+		testWorld(t, func(w *world) {
+			c := w.joinDeaf()
+			w.advance(start)
+			c.send("72\n")
+			w.log.take()
+			w.advance(10 * time.Second)
+			if logged := w.log.peek(); logged != "" {
+				t.Errorf("logged %q within 10 s", logged)
+			}
+			w.advance(2 * time.Second)
+			w.wantLog("it took nothing for 10s\n")
+		})
+	}
 }
 
 // Draws wait for a client that does not read, but only so many.
@@ -630,25 +667,102 @@ func TestBehind(t *testing.T) {
 			c.send("72\n")
 			w.advance(10 * time.Millisecond)
 			w.log.take()
+			w.server.broadcast(w.lottery.chain.latest(0)) // is left out where there is no room
 		}
 		w.wantInside(1, 1)
 	})
 }
 
-// Clients that take nothing, however many, hold up the others for a moment at
-// most when a draw is announced.
-func TestStalledHoldUpLittle(t *testing.T) {
+// A broadcast waits for a client once, and has the chain's own bytes: a client
+// could read it for days.
+func TestBroadcastIsTheChains(t *testing.T) {
 	testWorld(t, func(w *world) {
-		for range 500 {
-			w.joinDeaf()
+		c := w.joinDeaf()
+		s, chain := w.sessions[0], w.lottery.chain
+		c.send("72\n") // and so the reply is being written
+		want := func(waiting int) {
+			t.Helper()
+			w.server.broadcast(chain.latest(0))
+			synctest.Wait()
+			if len(s.waiting) != waiting {
+				t.Fatalf("%d messages wait, want %d", len(s.waiting), waiting)
+			}
 		}
-		last := w.join(1)
-		last.send("72\n")
-		last.heard.take()
-		w.advance(30 * time.Second)
-		w.advance(10 * stuckLimit) // each time twice as many are served
-		last.want(last.wins())
+		want(1)
+		if !slices.ContainsFunc(s.waiting[0].pieces, func(piece []byte) bool { return &piece[0] == &chain.chunks[0][0] }) {
+			t.Errorf("the chain was copied")
+		}
+		want(1)
+		io.ReadFull(c, make([]byte, len("block 1 proposed, draw in 30s\n\nEnter a new BPM:\n"))) // now the chain is
+		want(0)
+		w.server.announce(chain.head)
+		want(1)
 	})
+}
+
+// Each winner of thousands of rounds is heard exactly once by each validator,
+// while they all propose as fast as they can.
+func TestEachWinnerIsHeardOnce(t *testing.T) {
+	const rounds, clients = 2000, 20
+	testWorld(t, func(w *world) {
+		var all []*client
+		for range clients {
+			all = append(all, w.join(1+rand.IntN(1000)))
+		}
+		for w.lottery.round.index <= rounds {
+			var sending sync.WaitGroup
+			for _, c := range all {
+				sending.Go(func() {
+					for range 50 {
+						io.WriteString(c, "72\n73\n")
+					}
+				})
+			}
+			for range maxWaiting / 2 {
+				w.lottery.pickWinner(time.Now(), w.server)
+			}
+			sending.Wait()
+			time.Sleep(stuckLimit) // before any falls behind
+			synctest.Wait()
+		}
+		chain := blocks(t, w.lottery.chain)
+		won := regexp.MustCompile("winning validator: ([0-9a-f]{64})\n")
+		for i, c := range all {
+			heard := won.FindAllStringSubmatch(c.heard.take(), -1)
+			if len(heard) != len(chain)-1 {
+				t.Fatalf("client %d heard of %d winners, want %d", i, len(heard), len(chain)-1)
+			}
+			for n, match := range heard {
+				if match[1] != chain[n+1].Validator {
+					t.Fatalf("client %d heard of %s, want %s", i, match[1], chain[n+1].Validator)
+				}
+			}
+		}
+	})
+}
+
+// Clients that take nothing, or each message late, however many, hold up the
+// others for a moment at most when a draw is announced.
+func TestStalledHoldUpLittle(t *testing.T) {
+	for _, late := range []time.Duration{stuckLimit - time.Millisecond, 9 * time.Second} {
+		testWorld(t, func(w *world) {
+			for range 500 {
+				c := w.joinDeaf()
+				go func() {
+					c.Read(make([]byte, 1))
+					time.Sleep(late)
+					io.Copy(io.Discard, c)
+				}()
+			}
+			last := w.join(1)
+			last.send("72\n")
+			last.heard.take()
+			w.advance(30 * time.Second)
+			w.advance(10 * stuckLimit) // each time twice as many are served
+			last.want(last.wins())
+			w.advance(late)
+		})
+	}
 }
 
 // A failing Accept is tried again, later and later, and then all is as before.
