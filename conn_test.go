@@ -667,9 +667,19 @@ func TestBehind(t *testing.T) {
 			c.send("72\n")
 			w.advance(10 * time.Millisecond)
 			w.log.take()
-			w.server.broadcast(w.lottery.chain.latest(0)) // is left out where there is no room
 		}
 		w.wantInside(1, 1)
+	})
+	testWorld(t, func(w *world) {
+		w.joinDeaf()
+		for range 1 + maxWaiting {
+			w.server.announce(Block{})
+		}
+		w.server.broadcast(w.lottery.chain.latest(0)) // is left out
+		s := w.sessions[0]
+		if len(s.waiting) != maxWaiting || s.err != nil {
+			t.Errorf("%d messages wait, %v, want %d", len(s.waiting), s.err, maxWaiting)
+		}
 	})
 }
 
@@ -679,7 +689,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 	testWorld(t, func(w *world) {
 		c := w.joinDeaf()
 		s, chain := w.sessions[0], w.lottery.chain
-		c.send("72\n") // and so the reply is being written
+		w.server.announce(chain.head) // and so this is being written
 		want := func(waiting int) {
 			t.Helper()
 			w.server.broadcast(chain.latest(0))
@@ -693,7 +703,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 			t.Errorf("the chain was copied")
 		}
 		want(1)
-		io.ReadFull(c, make([]byte, len("block 1 proposed, draw in 30s\n\nEnter a new BPM:\n"))) // now the chain is
+		io.ReadFull(c, make([]byte, len("\nwinning validator: "+chain.head.Validator+"\n\nEnter a new BPM:\n"))) // now the chain is
 		want(0)
 		w.server.announce(chain.head)
 		want(1)

@@ -308,10 +308,9 @@ func TestDrawFails(t *testing.T) {
 	select {
 	case <-gone:
 		t.Error("who left is gone before the draw")
-	case <-visitorGone:
 	default:
-		t.Error("who left without a candidate is not gone")
 	}
+	<-visitorGone
 	bpms := make(map[string]int)
 	for _, c := range l.round.tempBlocks {
 		bpms[c.address] = c.bpm
