@@ -39,7 +39,7 @@ const (
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
 	stallLimit     = 10 * time.Second       // without a byte taken of what is written
-	stuckLimit     = 25 * time.Millisecond  // between more workers and still more; see tell
+	stuckLimit     = 25 * time.Millisecond  // before tell takes twice as many goroutines
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
@@ -276,7 +276,7 @@ func (s *server) broadcast(chain [][]byte) {
 //
 // It takes a few goroutines rather than one for each client, since the stacks of
 // thousands would stay with the process. A goroutine whose client takes nothing
-// is stuck with it; so they become more every stuckLimit, and fast the more there are.
+// is stuck with it; so as long as it takes there are twice as many every stuckLimit.
 func (s *server) tell(m *message) {
 	s.mu.Lock()
 	listeners := make([]*session, 0, len(s.sessions))
