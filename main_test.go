@@ -399,6 +399,7 @@ func TestSoak(t *testing.T) {
 	defer conn.Close()
 	observer := bufio.NewReader(conn)
 	io.WriteString(conn, "1\n")
+	readUntil(t, observer, " stakes 1 tokens\n")
 	winner := regexp.MustCompile("^winning validator: ([0-9a-f]{64})\n$")
 	var observed []string
 	listening := make(chan struct{})
