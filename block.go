@@ -222,12 +222,9 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 		if err := c.append(generateBlock(nothing, 0, "", time.Now())); err != nil {
 			return err
 		}
+		return syncDir(filepath.Dir(file.Name()))
 	}
-	// Whoever wrote what has been read may not have come to this.
-	if err := file.Sync(); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(file.Name()))
+	return file.Sync() // whoever wrote what has been read may not have come to this
 }
 
 // syncDir makes the names of new files in the directory last.

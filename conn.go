@@ -38,15 +38,16 @@ const (
 
 	balanceLimit   = time.Minute            // from connecting to a token balance
 	nudgeInterval  = time.Second            // between two looks at who stalls
-	stallLimit     = 10 * time.Second       // without a byte taken of what is written
-	stuckLimit     = 25 * time.Millisecond  // before tell takes twice as many goroutines
+	stallNudges    = 12                     // in a row without a byte taken: 10 to 12 s
+	stuckLimit     = 25 * time.Millisecond  // between two looks at how a message spreads
+	stuckServed    = 20                     // clients in that time, for each goroutine; see tell
 	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
 	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
 )
 
 var (
 	errHungUp  = errors.New("it sends nothing more")
-	errStalled = fmt.Errorf("it took nothing for %v", stallLimit)
+	errStalled = fmt.Errorf("it took nothing for %v", (stallNudges-2)*nudgeInterval)
 	errBehind  = fmt.Errorf("it is %d messages behind", maxWaiting)
 )
 
@@ -276,7 +277,8 @@ func (s *server) broadcast(chain [][]byte) {
 //
 // It takes a few goroutines rather than one for each client, since the stacks of
 // thousands would stay with the process. A goroutine whose client takes nothing
-// is stuck with it; so as long as it takes there are twice as many every stuckLimit.
+// is stuck with it; so whenever each has served no more than stuckServed clients in
+// stuckLimit, there are twice as many.
 func (s *server) tell(m *message) {
 	s.mu.Lock()
 	listeners := make([]*session, 0, len(s.sessions))
@@ -302,10 +304,16 @@ func (s *server) tell(m *message) {
 			}
 		}
 	}
-	for workers := runtime.GOMAXPROCS(0); served.Load() < last; workers *= 2 {
-		for range min(int64(workers), last-taken.Load()) {
-			go work()
+	workers, before := int64(0), int64(0)
+	for now := int64(0); now < last; now = served.Load() {
+		if now-before <= workers*stuckServed {
+			more := min(max(workers, int64(runtime.GOMAXPROCS(0))), last-workers)
+			for range more {
+				go work()
+			}
+			workers += more
 		}
+		before = now
 		select {
 		case <-done:
 		case <-time.After(stuckLimit):
@@ -327,7 +335,8 @@ type message struct {
 //     for a slow client and nothing more is read from it.
 //  2. put never waits. What it puts there is written by whose turn it is, in that
 //     order, and after the replies of the same turn.
-//  3. The outbox holds at most maxWaiting messages, and one broadcast.
+//  3. At most maxWaiting messages wait, beside the one being written. At most one
+//     of them all is a broadcast.
 //  4. Nothing but the reader stays behind when all is said.
 type session struct {
 	conn    net.Conn
@@ -476,18 +485,18 @@ func (c *session) drain() {
 }
 
 // write writes for whose turn it is. The client may take the piece as slowly as
-// it likes, but must take some of it every stallLimit. That counts from the first
-// nudge, so it may last two nudgeIntervals more.
+// it likes, but must take some of it within stallNudges. They are counted, rather than
+// the time, so that a server that was stopped for a while gives nobody up.
 func (c *session) write(piece []byte) (err error) {
-	for since := (time.Time{}); len(piece) > 0 && err == nil; {
+	for nudges := 0; len(piece) > 0 && err == nil; {
 		var n int
 		n, err = c.conn.Write(piece)
 		piece = piece[n:]
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			if n > 0 || since.IsZero() {
-				since = time.Now()
+			if nudges++; n > 0 {
+				nudges = 1
 			}
-			if err = errStalled; time.Since(since) < stallLimit {
+			if err = errStalled; nudges < stallNudges {
 				err = c.conn.SetWriteDeadline(time.Time{})
 			}
 		}

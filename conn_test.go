@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -771,6 +772,42 @@ func TestStalledHoldUpLittle(t *testing.T) {
 			w.advance(10 * stuckLimit) // each time twice as many are served
 			last.want(last.wins())
 			w.advance(late)
+		})
+	}
+}
+
+// While clients take what they are told, even somewhat late, few goroutines tell
+// them; and never are there more than clients, one of them stuck with each.
+func TestFewGoroutinesTell(t *testing.T) {
+	for _, test := range []struct {
+		clients int
+		late    time.Duration
+		want    int
+	}{
+		{400, stuckLimit / stuckServed / 2, runtime.GOMAXPROCS(0)},
+		{3, 9 * time.Second, 3},
+	} {
+		testWorld(t, func(w *world) {
+			for range test.clients {
+				c := w.joinDeaf()
+				go func() {
+					c.Read(make([]byte, 1))
+					time.Sleep(test.late)
+					io.Copy(io.Discard, c)
+				}()
+			}
+			before, most := runtime.NumGoroutine(), 0
+			var telling sync.WaitGroup
+			telling.Go(func() { w.server.announce(Block{}) })
+			for range 100 {
+				most = max(most, runtime.NumGoroutine()-before-1) // without the one just above
+				time.Sleep(stuckLimit / 10)
+			}
+			telling.Wait()
+			if most > test.want {
+				t.Errorf("%d goroutines tell %d clients, want at most %d", most, test.clients, test.want)
+			}
+			w.advance(test.late)
 		})
 	}
 }

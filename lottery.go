@@ -60,7 +60,7 @@ type round struct {
 	index      int          // of the block that the winner gets
 	tempBlocks []candidate  // at most one a validator, in no order
 	pool       lotteryPool  // their stakes, in the order of tempBlocks
-	departed   []*validator // who left in this round and is gone after the draw
+	departed   []*validator // who left, and is gone after the draw
 }
 
 // has reports whether the validator has a candidate in the round.
@@ -207,7 +207,7 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 }
 
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
-// the chain, announces it and lets the departed go. While the block is being
+// the chain, announces and prints it, and lets the departed go. While the block is being
 // added the next round is open already, since that may take long and must not
 // hold up anybody. If adding it fails, both rounds become one, and of the departed
 // those with a candidate stay for its draw. The error is errChainLost, after which
