@@ -485,8 +485,8 @@ func (c *session) drain() {
 }
 
 // write writes for whose turn it is. The client may take the piece as slowly as
-// it likes, but must take some of it within stallNudges. They are counted, rather than
-// the time, so that a server that was stopped for a while gives nobody up.
+// it likes, but must take some of it within stallNudges. They are counted, rather
+// than the time, so that a server that was stopped for a while gives nobody up.
 func (c *session) write(piece []byte) (err error) {
 	for nudges := 0; len(piece) > 0 && err == nil; {
 		var n int

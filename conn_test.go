@@ -184,6 +184,18 @@ func (w *world) joinDeaf() *client {
 	return c
 }
 
+// joinLate is joinDeaf, but after the first byte of what it is told, and then
+// some time, the client reads the rest.
+func (w *world) joinLate(late time.Duration) {
+	w.Helper()
+	c := w.joinDeaf()
+	go func() {
+		c.Read(make([]byte, 1))
+		time.Sleep(late)
+		io.Copy(io.Discard, c)
+	}()
+}
+
 var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
 
 // join returns a client that stakes so many tokens and has heard that it does.
@@ -207,6 +219,17 @@ func (c *client) send(text string) {
 		c.Fatalf("sending %.100q: %v", text, err)
 	}
 	synctest.Wait()
+}
+
+// flood sends the line 100,000 times, or as often as is read while the client
+// takes no reply, which must be little.
+func (c *client) flood(line string) {
+	c.Helper()
+	c.SetWriteDeadline(time.Now().Add(time.Second))
+	n, err := io.WriteString(c.Conn, strings.Repeat(line, 100_000))
+	if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
+		c.Errorf("%d bytes were taken before a reply was, %v", n, err)
+	}
 }
 
 // want is all that the client has heard since the last want.
@@ -758,12 +781,7 @@ func TestStalledHoldUpLittle(t *testing.T) {
 	for _, late := range []time.Duration{stuckLimit - time.Millisecond, 9 * time.Second} {
 		testWorld(t, func(w *world) {
 			for range 500 {
-				c := w.joinDeaf()
-				go func() {
-					c.Read(make([]byte, 1))
-					time.Sleep(late)
-					io.Copy(io.Discard, c)
-				}()
+				w.joinLate(late)
 			}
 			last := w.join(1)
 			last.send("72\n")
@@ -789,12 +807,7 @@ func TestFewGoroutinesTell(t *testing.T) {
 	} {
 		testWorld(t, func(w *world) {
 			for range test.clients {
-				c := w.joinDeaf()
-				go func() {
-					c.Read(make([]byte, 1))
-					time.Sleep(test.late)
-					io.Copy(io.Discard, c)
-				}()
+				w.joinLate(test.late)
 			}
 			before, most := runtime.NumGoroutine(), 0
 			var telling sync.WaitGroup
@@ -918,20 +931,10 @@ func TestHostileClients(t *testing.T) {
 			w.Cleanup(func() { w.advance(time.Second) })
 		},
 		"sends 100,000 lines and reads nothing": func(w *world) {
-			c := w.joinDeaf()
-			c.SetWriteDeadline(time.Now().Add(time.Second))
-			n, err := io.WriteString(c, strings.Repeat("72\n", 100_000))
-			if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
-				w.Errorf("%d bytes were taken before a reply was, %v", n, err)
-			}
+			w.joinDeaf().flood("72\n")
 		},
 		"sends blank lines and reads nothing": func(w *world) {
-			c := w.connectDeaf()
-			c.SetWriteDeadline(time.Now().Add(time.Second))
-			n, err := io.WriteString(c, strings.Repeat("\n", 100_000))
-			if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
-				w.Errorf("%d bytes were taken before a reply was, %v", n, err)
-			}
+			w.connectDeaf().flood("\n")
 		},
 		"sends a megabyte without a line end": func(w *world) {
 			io.WriteString(w.connect(), strings.Repeat("1", 1_000_000))

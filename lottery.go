@@ -207,11 +207,11 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 }
 
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
-// the chain, announces and prints it, and lets the departed go. While the block is being
-// added the next round is open already, since that may take long and must not
-// hold up anybody. If adding it fails, both rounds become one, and of the departed
-// those with a candidate stay for its draw. The error is errChainLost, after which
-// no draw can succeed.
+// the chain, announces and prints it, and lets the departed go. While the block
+// is being added the next round is open already, since that may take long and
+// must not hold up anybody. If adding it fails, both rounds become one, and of the
+// departed those with a candidate stay for its draw. The error is errChainLost,
+// after which no draw can succeed.
 func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
 	l.mu.Lock()
 	drawn := l.round

@@ -63,11 +63,13 @@ var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+); join wit
 // start starts the program on a free port and waits until it listens.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
-	return startCommand(t, program(t, append(env, "PORT=0", "HOST=localhost")...))
+	return startCommand(t, program(t, env...))
 }
 
+// startCommand is start for what program has returned.
 func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	t.Helper()
+	cmd.Env = append(cmd.Env, "PORT=0", "HOST=localhost")
 	p := &process{Cmd: cmd, logged: make(chan struct{})}
 	stderr, err := p.StderrPipe()
 	if err != nil {
@@ -277,7 +279,7 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 		t.Fatal(err)
 	}
 	reader.Close()
-	cmd := program(t, "PORT=0", "HOST=localhost", "ROUND_INTERVAL=300ms", "CHAIN_FILE=")
+	cmd := program(t, "ROUND_INTERVAL=300ms", "CHAIN_FILE=")
 	cmd.Stdout = blocks
 	p := startCommand(t, cmd)
 	blocks.Close()
@@ -301,7 +303,7 @@ func TestNoDescriptors(t *testing.T) {
 	if err != nil {
 		t.Skip(err)
 	}
-	cmd := program(t, "PORT=0", "HOST=localhost", "ROUND_INTERVAL=500ms")
+	cmd := program(t, "ROUND_INTERVAL=500ms")
 	cmd.Path, cmd.Args = shell, []string{"sh", "-c", `ulimit -n 40 && exec "$0"`, os.Args[0]}
 	p := startCommand(t, cmd)
 	inside := p.dial(t)
@@ -400,21 +402,9 @@ func TestSoak(t *testing.T) {
 	observer := bufio.NewReader(conn)
 	io.WriteString(conn, "1\n")
 	readUntil(t, observer, " stakes 1 tokens\n")
-	winner := regexp.MustCompile("^winning validator: ([0-9a-f]{64})\n$")
 	var observed []string
-	listening := make(chan struct{})
-	go func() {
-		defer close(listening)
-		for {
-			line, err := observer.ReadString('\n')
-			if err != nil {
-				return
-			}
-			if match := winner.FindStringSubmatch(line); match != nil {
-				observed = append(observed, match[1])
-			}
-		}
-	}()
+	var observing sync.WaitGroup
+	observing.Go(func() { observed = hearWinners(observer) })
 	var mu sync.Mutex
 	var heard [][]string // what each session of a bot has heard
 	files := p.files()
@@ -425,7 +415,7 @@ func TestSoak(t *testing.T) {
 		for range bots {
 			running.Go(func() {
 				for ctx.Err() == nil {
-					if winners := bot(ctx, p.address, winner); len(winners) > 0 {
+					if winners := bot(ctx, p.address); len(winners) > 0 {
 						mu.Lock()
 						heard = append(heard, winners)
 						mu.Unlock()
@@ -451,7 +441,7 @@ func TestSoak(t *testing.T) {
 	if err := p.Wait(); err != nil {
 		t.Error(err)
 	}
-	<-listening
+	observing.Wait()
 
 	all := blocks(t, open(t, file))
 	if len(observed) != len(all)-1 {
@@ -473,7 +463,7 @@ func TestSoak(t *testing.T) {
 }
 
 // bot is one random session. It returns the winners that it has heard of.
-func bot(ctx context.Context, address string, winner *regexp.Regexp) (winners []string) {
+func bot(ctx context.Context, address string) []string {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		time.Sleep(time.Second)
@@ -517,13 +507,19 @@ func bot(ctx context.Context, address string, winner *regexp.Regexp) (winners []
 			}
 		}
 	}()
-	r := bufio.NewReader(conn)
+	return hearWinners(bufio.NewReader(conn))
+}
+
+var winnerLine = regexp.MustCompile("^winning validator: ([0-9a-f]{64})\n$")
+
+// hearWinners reads to the end and returns the winners that are heard of.
+func hearWinners(r *bufio.Reader) (winners []string) {
 	for {
 		line, err := r.ReadString('\n')
 		if err != nil {
 			return winners
 		}
-		if match := winner.FindStringSubmatch(line); match != nil {
+		if match := winnerLine.FindStringSubmatch(line); match != nil {
 			winners = append(winners, match[1])
 		}
 	}
@@ -767,11 +763,9 @@ func compare(b *testing.B, measure func(server string) map[string]float64) {
 	b.ReportMetric(0, "ns/op") // which says nothing here
 }
 
-// startServer starts either server.
+// startServer starts either server. Of two settings the later counts.
 func startServer(b *testing.B, server string, env ...string) *process {
-	cmd := program(b, "TEST_BINARY_IS="+server, "PORT=0", "HOST=localhost", "CHAIN_FILE=", "BROADCAST_INTERVAL=1h")
-	cmd.Env = append(cmd.Env, env...) // the later setting counts
-	return startCommand(b, cmd)
+	return start(b, append([]string{"TEST_BINARY_IS=" + server, "CHAIN_FILE=", "BROADCAST_INTERVAL=1h"}, env...)...)
 }
 
 // kill ends the process and the connections to it.
