@@ -147,9 +147,9 @@ func TestProgram(t *testing.T) {
 	say(t, two, "300")
 	readUntil(t, two, " stakes 300 tokens\n\nEnter a new BPM:")
 	say(t, one, "72")
-	readUntil(t, one, "block 1 proposed, draw in 0s\n\nEnter a new BPM:")
-	for _, c := range []*bufio.ReadWriter{one, two} {
-		readUntil(t, c, "\nwinning validator: "+address+"\n\nEnter a new BPM:")
+	readUntil(t, one, "block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 0s\n\nEnter a new BPM:")
+	for c, you := range map[*bufio.ReadWriter]string{one: " (you)", two: ""} {
+		readUntil(t, c, "\nwinning validator: "+address+you+" with 100 of 100 tokens\n\nEnter a new BPM:")
 		text := readUntil(t, c, "]\n\nEnter a new BPM:")
 		var chain []Block
 		if err := json.Unmarshal([]byte(strings.TrimSuffix(text, bpmPrompt)), &chain); err != nil || len(chain) != 2 {
@@ -178,7 +178,7 @@ func TestProgram(t *testing.T) {
 // anybody has heard of.
 func TestKill(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
-	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64})\n")
+	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 	known, heardOf := 0, 0 // blocks before, winners in all
 	for kills := range 36 {
 		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
@@ -292,7 +292,7 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 	if err := p.Wait(); err != nil {
 		t.Error(err)
 	}
-	if log := p.stderr.take(); !strings.Contains(log, "cannot print block 1: ") {
+	if log := p.stderr.take(); !strings.Contains(log, "blocks left out of standard output: 2; write /dev/stdout: broken pipe\n") {
 		t.Errorf("logged %s", log)
 	}
 }
@@ -319,7 +319,7 @@ func TestNoDescriptors(t *testing.T) {
 		others = append(others, conn)
 	}
 	say(t, inside, "72")
-	readUntil(t, inside, " proposed, draw in ")
+	readUntil(t, inside, " tokens so far, draw in ")
 	readUntil(t, inside, "winning validator: ")
 	for _, conn := range others[:40] {
 		conn.Close()
@@ -353,7 +353,7 @@ func TestHelp(t *testing.T) {
 	cmd = program(t)
 	cmd.Args = append(cmd.Args, "9000")
 	out, err = cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != 2 || string(out) != "proof-of-stake takes no arguments but -h, got [\"9000\"]\n" {
+	if cmd.ProcessState.ExitCode() != 2 || string(out) != "proof-of-stake takes no arguments but -h, and was given [\"9000\"]; settings go before it, as in PORT=9100 proof-of-stake\n" {
 		t.Errorf("with an argument: %v, %s", err, out)
 	}
 }
@@ -370,9 +370,9 @@ func TestCannotStart(t *testing.T) {
 		env  []string
 		want string
 	}{
-		{[]string{"PORT=high"}, `cannot use "high" for PORT: want a whole number from 0 to 65535`},
-		{[]string{"HOST=localhost", "PORT=" + port}, `cannot use "` + port + `" for PORT with "localhost" for HOST: want a free port of an address of this machine: `},
-		{[]string{"HOST=256.0.0.1"}, `cannot use "9000" for PORT with "256.0.0.1" for HOST: want a free port`},
+		{[]string{"PORT=high"}, `cannot use "high" for PORT: it must be a whole number from 0 to 65535`},
+		{[]string{"HOST=localhost", "PORT=" + port}, `cannot listen on port ` + port + `: it is in use; choose another: PORT=9100`},
+		{[]string{"HOST=256.0.0.1"}, `cannot listen on port 9000 with "256.0.0.1" for HOST, which must be a name or an address of this machine, or empty for all of them: `},
 	} {
 		cmd := program(t, test.env...)
 		out, err := cmd.CombinedOutput()
@@ -510,7 +510,7 @@ func bot(ctx context.Context, address string) []string {
 	return hearWinners(bufio.NewReader(conn))
 }
 
-var winnerLine = regexp.MustCompile("^winning validator: ([0-9a-f]{64})\n$")
+var winnerLine = regexp.MustCompile("^winning validator: ([0-9a-f]{64}) .*tokens\n$")
 
 // hearWinners reads to the end and returns the winners that are heard of.
 func hearWinners(r *bufio.Reader) (winners []string) {
@@ -572,7 +572,7 @@ func inDirectory(t *testing.T, dotenv string) {
 
 func TestDefaults(t *testing.T) {
 	inDirectory(t, "")
-	got, err := readSettings()
+	got, _, err := readSettings()
 	want := settings{
 		port:              9000,
 		roundInterval:     30 * time.Second,
@@ -594,7 +594,7 @@ func TestPrecedence(t *testing.T) {
 	inDirectory(t, "PORT=1\nROUND_INTERVAL=1s\nCHAIN_FILE=mine.jsonl\nHOST=localhost\nUNRELATED=x")
 	t.Setenv("PORT", "2")
 	t.Setenv("CHAIN_FILE", "")
-	got, err := readSettings()
+	got, _, err := readSettings()
 	want := settings{
 		port:              2,
 		host:              "localhost",
@@ -608,27 +608,27 @@ func TestPrecedence(t *testing.T) {
 }
 
 func TestBadSettings(t *testing.T) {
-	const duration = ": want a duration of at least 1ms, such as 30s or 1m30s"
+	const duration = ": it must be a duration of at least 1ms, such as 30s or 1m30s"
 	for _, test := range []struct{ key, value, want string }{
-		{"PORT", "", ": want a whole number from 0 to 65535"},
-		{"PORT", "-1", ": want a whole number from 0 to 65535"},
-		{"PORT", "65536", ": want a whole number from 0 to 65535"},
-		{"PORT", "0x50", ": want a whole number from 0 to 65535"},
+		{"PORT", "", ": it must be a whole number from 0 to 65535"},
+		{"PORT", "-1", ": it must be a whole number from 0 to 65535"},
+		{"PORT", "65536", ": it must be a whole number from 0 to 65535"},
+		{"PORT", "0x50", ": it must be a whole number from 0 to 65535"},
 		{"ROUND_INTERVAL", "", duration},
 		{"ROUND_INTERVAL", "0", duration},
 		{"ROUND_INTERVAL", "-1s", duration},
 		{"ROUND_INTERVAL", "30", duration},
 		{"ROUND_INTERVAL", "999us", duration},
 		{"BROADCAST_INTERVAL", "a minute\n", duration},
-		{"BROADCAST_BLOCKS", "-1", ": want a whole number from 0 to 9223372036854775807"},
-		{"MAX_VALIDATORS", "0", ": want a whole number from 1 to 1000000"},
-		{"MAX_VALIDATORS", "1000001", ": want a whole number from 1 to 1000000"},
+		{"BROADCAST_BLOCKS", "-1", ": it must be a whole number from 0 to 9223372036854775807"},
+		{"MAX_VALIDATORS", "0", ": it must be a whole number from 1 to 1000000"},
+		{"MAX_VALIDATORS", "1000001", ": it must be a whole number from 1 to 1000000"},
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
 			t.Setenv(test.key, test.value)
 			want := fmt.Sprintf("cannot use %q for %s%s", test.value, test.key, test.want)
-			if _, err := readSettings(); err == nil || err.Error() != want {
+			if _, _, err := readSettings(); err == nil || err.Error() != want {
 				t.Errorf("%v, want %s", err, want)
 			}
 		})
@@ -636,7 +636,7 @@ func TestBadSettings(t *testing.T) {
 	t.Run("two", func(t *testing.T) {
 		inDirectory(t, "PORT=x")
 		t.Setenv("MAX_VALIDATORS", "y")
-		_, err := readSettings()
+		_, _, err := readSettings()
 		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.Contains(err.Error(), `"x" for PORT`) || !strings.Contains(err.Error(), `"y" for MAX_VALIDATORS`) {
 			t.Errorf("two faults: %v", err)
 		}
@@ -653,7 +653,7 @@ func TestBadDotenv(t *testing.T) {
 		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `line 2 is not KEY=VALUE: "\x1b[2J"`},
 	} {
 		inDirectory(t, test.dotenv)
-		if _, err := readSettings(); err == nil || err.Error() != "cannot read .env: "+test.want {
+		if _, _, err := readSettings(); err == nil || err.Error() != "cannot read .env: "+test.want {
 			t.Errorf("%q: %v\nwant %s", test.dotenv, err, test.want)
 		}
 	}
@@ -661,7 +661,7 @@ func TestBadDotenv(t *testing.T) {
 	if err := os.Mkdir(".env", 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := readSettings(); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), ".env") {
+	if _, _, err := readSettings(); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), ".env") {
 		t.Errorf("a directory: %v", err)
 	}
 }
@@ -678,8 +678,8 @@ func bareServer() {
 	log.Printf("listening on %v; join with: nc localhost 0", listener.Addr())
 	address := strings.Repeat("a", 64)
 	welcome := []byte("validator " + address + " stakes 100 tokens\n" + bpmPrompt)
-	reply := []byte("block 1 already proposed, draw in 1h0m0s\n" + bpmPrompt)
-	news := []byte("\nwinning validator: " + address + "\n" + bpmPrompt)
+	reply := []byte("block 1 already proposed with BPM 72: 100 of 6400 tokens so far, draw in 1h0m0s\n" + bpmPrompt)
+	news := []byte("\nwinning validator: " + address + " with 100 of 100 tokens\n" + bpmPrompt)
 	size, _ := strconv.Atoi(os.Getenv("BARE_CHAIN"))
 	chain := bytes.Repeat([]byte("x"), size)
 
@@ -735,8 +735,8 @@ func bareServer() {
 }
 
 const (
-	newsSize  = len("\nwinning validator: \n") + 64 + len(bpmPrompt)
-	replySize = len("block 1 already proposed, draw in 1h0m0s\n") + len(bpmPrompt)
+	newsSize  = len("\nwinning validator:  with 100 of 100 tokens\n") + 64 + len(bpmPrompt)
+	replySize = len("block 1 already proposed with BPM 72: 100 of 6400 tokens so far, draw in 1h0m0s\n") + len(bpmPrompt)
 )
 
 // compare measures the bare server and the program, five times in turn, and
@@ -897,10 +897,12 @@ func BenchmarkLines(b *testing.B) {
 				text := []byte(strings.Repeat("72\n", lines))
 				var count atomic.Int64
 				var talking sync.WaitGroup
+				for _, conn := range conns {
+					propose(b, conn) // the reply to the first line is another
+				}
 				start := time.Now()
 				for _, conn := range conns {
 					talking.Go(func() {
-						propose(b, conn) // the reply to the first line is another
 						for time.Since(start) < 2*time.Second {
 							conn.Write(text)
 							readBytes(b, conn, lines*replySize)
