@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -152,14 +151,18 @@ func (s *server) refuse(conn tcpConn) {
 // handleConn serves a client until it has staked.
 func (s *server) handleConn(ctx context.Context, c *client) {
 	c.reply(balancePrompt)
-	stake, err := c.readNumber(1, maxStake, balancePrompt)
+	var err error
+	for err == nil && c.validator == nil {
+		var line []byte
+		if line, err = c.readLine(); err == nil {
+			err = s.stake(c, line)
+		}
+	}
 	var bad badLine
 	switch {
 	case err == nil:
-		c.conn.SetReadDeadline(time.Time{})
-		s.join(c, int64(stake))
-		// This goroutine's stack has grown and never shrinks to less than 4 kB; the
-		// stack of a new one starts with 2 kB, which is enough for BPMs.
+		// This goroutine's stack has grown by now and never shrinks below 4 kB; that of
+		// a new one starts with 2 kB, which is enough for BPMs.
 		go s.handleBPMs(ctx, c)
 	case errors.As(err, &bad):
 		s.close(ctx, c, fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, bad))
@@ -170,47 +173,81 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	}
 }
 
-// join makes the client a validator, which hears of every draw from now on.
-func (s *server) join(c *client, stake int64) {
-	v, validators, tokens := s.lottery.join(stake)
+// stake makes the client a validator, which hears of every draw from now on. A line
+// that is no token balance is an error, a badLine.
+func (s *server) stake(c *client, line []byte) error {
+	if len(line) == 0 {
+		c.reply(balancePrompt)
+		return nil
+	}
+	stake, err := parseNumber(line, 1, maxStake)
+	if err != nil {
+		return err
+	}
+	c.conn.SetReadDeadline(time.Time{})
+	v, validators, tokens := s.lottery.join(int64(stake))
 	s.mu.Lock()
 	c.validator = v
 	s.mu.Unlock()
 	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
-	c.reply("validator ", v.address, " stakes ", strconv.FormatInt(stake, 10), " tokens\n", bpmPrompt)
+	c.reply(fmt.Sprintf("validator %s stakes %d tokens\n%s", v.address, stake, bpmPrompt))
+	return nil
 }
 
 // handleBPMs serves a validator from its stake to the close of its connection.
 func (s *server) handleBPMs(ctx context.Context, c *client) {
 	var err error
 	for err == nil && ctx.Err() == nil {
-		var bpm int
-		if bpm, err = c.readNumber(-maxBPM, maxBPM, bpmPrompt); err == nil {
-			s.propose(c, bpm)
+		var line []byte
+		if line, err = c.readLine(); err == nil {
+			err = s.propose(c, line)
 		}
 	}
-	farewell := ""
+	s.leave(ctx, c, err)
+}
+
+// propose proposes a block with the BPM in the line. The reply says which BPM stands,
+// since what was half typed when news came is still in the line that the terminal
+// sends. A line that is no BPM is an error, a badLine.
+func (s *server) propose(c *client, line []byte) error {
+	if len(line) == 0 {
+		c.reply(bpmPrompt)
+		return nil
+	}
+	bpm, err := parseNumber(line, -maxBPM, maxBPM)
+	if err != nil {
+		return err
+	}
+	p := s.lottery.propose(c.validator, bpm)
+	r := append(c.replies, "block "...)
+	r = strconv.AppendInt(r, int64(p.index), 10)
+	if !p.added {
+		r = append(r, " already"...)
+	}
+	r = append(r, " proposed with BPM "...)
+	r = strconv.AppendInt(r, int64(p.bpm), 10)
+	r = append(r, ": "...)
+	r = strconv.AppendInt(r, c.validator.stake, 10)
+	r = append(r, " of "...)
+	r = strconv.AppendInt(r, p.tokens, 10)
+	r = append(r, " tokens so far, draw in "...)
+	r = append(r, p.drawIn.Round(time.Second).String()...)
+	c.replies = append(r, "\n"+bpmPrompt...)
+	return nil
+}
+
+// leave ends the part of a validator that sends no more BPMs; err is why.
+func (s *server) leave(ctx context.Context, c *client, err error) {
+	lastLine := ""
 	var bad badLine
 	if errors.As(err, &bad) {
 		s.lottery.disqualify(c.validator)
 		s.log.Printf("validator %s dropped: its BPM was %q; it forfeits its %d tokens", c.validator.address, string(bad), c.validator.stake)
-		farewell = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, c.validator.stake)
+		lastLine = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, c.validator.stake)
 	} else if ctx.Err() == nil {
 		s.disconnect(ctx, c, err)
 	}
-	s.close(ctx, c, farewell)
-}
-
-// propose proposes a block. The reply names the BPM that stands, since what was
-// half typed when news came is still in the line that the terminal sends.
-func (s *server) propose(c *client, bpm int) {
-	p := s.lottery.propose(c.validator, bpm)
-	proposed := " proposed with BPM "
-	if !p.added {
-		proposed = " already proposed with BPM "
-	}
-	c.reply("block ", strconv.Itoa(p.index), proposed, strconv.Itoa(p.bpm), ": ", strconv.FormatInt(c.validator.stake, 10),
-		" of ", strconv.FormatInt(p.tokens, 10), " tokens so far, draw in ", p.drawIn.Round(time.Second).String(), "\n", bpmPrompt)
+	s.close(ctx, c, lastLine)
 }
 
 // disconnect waits for the draw that the validator's stake and block stay in. If the
@@ -352,24 +389,26 @@ type tcpConn interface {
 //  4. No goroutine but the reader stays when everything is written.
 type socket struct {
 	conn    tcpConn
-	lines   *bufio.Reader // on the socket's own Read; belongs to the reader
-	telnet  telnetState   // belongs to the reader
-	replies []byte        // not yet written; belongs to the writer
+	replies []byte // not yet written; belongs to the writer
+
+	// The following belong to the reader.
+	input    [maxLine + len("\r\n")]byte
+	handled  uint8 // bytes of input that have been returned as lines
+	received uint8 // bytes of input in all
+	telnet   telnetState
 
 	mu          sync.Mutex // guards the following; never held during a write
-	idle        sync.Cond  // signals that writing is false again
 	writing     bool       // there is a writer
 	chainQueued bool       // a broadcast of the chain is queued or being written
 	queue       []*message
 	err         error           // why nothing can be enqueued any more
+	idle        chan struct{}   // not nil: the reader waits until writing is false; closed then
 	done        <-chan struct{} // not nil: the client has half-closed; closed: it hears nothing more
 }
 
 // init makes a new socket ready. The caller is its reader and its writer.
 func (s *socket) init(conn tcpConn) {
 	s.conn = conn
-	s.lines = bufio.NewReaderSize(s, maxLine+len("\r\n"))
-	s.idle.L = &s.mu
 	s.writing = true
 }
 
@@ -379,23 +418,7 @@ type badLine string
 
 func (b badLine) Error() string { return fmt.Sprintf("got %q", string(b)) }
 
-// readNumber returns the next line that is not blank as a number from low to high.
-// Blank lines are answered with the prompt. The error is a badLine, or says why
-// there are no more lines.
-func (s *socket) readNumber(low, high int, prompt string) (int, error) {
-	for {
-		line, err := s.readLine()
-		if err != nil {
-			return 0, err
-		}
-		if len(line) > 0 {
-			return parseNumber(line, low, high)
-		}
-		s.reply(prompt)
-	}
-}
-
-// parseNumber returns the number in the line, or else a badLine.
+// parseNumber returns the number in the line, from low to high, or else a badLine.
 func parseNumber(line []byte, low, high int) (int, error) {
 	number, err := strconv.ParseInt(string(line), 10, 64)
 	if err != nil || number < int64(low) || number > int64(high) {
@@ -406,47 +429,60 @@ func parseNumber(line []byte, low, high int) (int, error) {
 
 // readLine returns the next line without its end and the blanks around it; it is
 // valid until the next call. The last line needs no end. A line longer than maxLine
-// is a badLine.
+// is a badLine. Before readLine waits for the client it flushes, and afterwards it
+// becomes the writer again.
 func (s *socket) readLine() ([]byte, error) {
-	line, err := s.lines.ReadSlice('\n')
-	length := len(bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r")))
-	line = bytes.TrimSpace(line)
-	switch {
-	case err == bufio.ErrBufferFull || length > maxLine:
-		return nil, badLine(line[:min(len(line), maxLine)])
-	case err == io.EOF && length > 0:
-		return line, nil
-	}
-	return line, err
-}
+	for {
+		line, _, ended := bytes.Cut(s.input[s.handled:s.received], []byte("\n"))
+		switch {
+		case ended:
+			s.handled += uint8(len(line) + 1)
+			return checkLine(line)
+		case len(line) == len(s.input):
+			return checkLine(line)
+		case s.telnet == telnetInterrupt:
+			return nil, errInterrupted
+		}
+		s.received = uint8(copy(s.input[:], line))
+		s.handled = 0
 
-// Read reads from the client for lines, without telnet's commands. Before it waits
-// for the client it flushes, and then becomes the writer again.
-func (s *socket) Read(p []byte) (n int, err error) {
-	s.flush()
-	for n == 0 && err == nil {
-		if n, err = s.conn.Read(p); n > 0 {
-			var interrupted error
-			if n, interrupted = s.telnet.strip(p[:n]); interrupted != nil {
-				err = interrupted
-			}
+		s.flush()
+		n, err := s.conn.Read(s.input[s.received:])
+		s.received += uint8(s.telnet.strip(s.input[s.received:][:n]))
+		if closed := s.acquire(); closed != nil {
+			return nil, closed
+		}
+		if err == io.EOF && len(bytes.TrimSuffix(s.input[:s.received], []byte("\r"))) > 0 {
+			s.handled = s.received
+			return checkLine(s.input[:s.received])
+		}
+		if err != nil {
+			return nil, err
 		}
 	}
-	if closed := s.acquire(); closed != nil {
-		return 0, closed
-	}
-	return n, err
 }
 
-// telnetState says where in a telnet command the input is: RFC 854.
+// checkLine returns the line without a carriage return at its end and without the blanks
+// around it, or a badLine if it is longer than maxLine.
+func checkLine(line []byte) ([]byte, error) {
+	length := len(bytes.TrimSuffix(line, []byte("\r")))
+	line = bytes.TrimSpace(line)
+	if length > maxLine {
+		return nil, badLine(line[:min(len(line), maxLine)])
+	}
+	return line, nil
+}
+
+// telnetState says where in a telnet command the input is (RFC 854).
 type telnetState byte
 
 const (
-	telnetText       telnetState = iota
-	telnetCommand                // after IAC
-	telnetOption                 // after IAC WILL, WONT, DO or DONT
-	telnetSub                    // after IAC SB
-	telnetSubCommand             // after IAC after IAC SB
+	telnetText           telnetState = iota
+	telnetCommand                    // after IAC
+	telnetOption                     // after IAC WILL, WONT, DO or DONT
+	telnetSubnegotiation             // after IAC SB
+	telnetSubCommand                 // after IAC in a subnegotiation
+	telnetInterrupt                  // after IAC IP or IAC BRK; the end
 )
 
 const (
@@ -454,46 +490,42 @@ const (
 	telnetBRK  = 243 // break
 	telnetIP   = 244 // interrupt process: Ctrl-C
 	telnetSB   = 250 // subnegotiation
-	telnetWILL = 251 // and WONT, DO, DONT
-	telnetDONT = 254
+	telnetWILL = 251 // the first of WILL, WONT, DO and DONT
 	telnetIAC  = 255 // interpret as command
 )
 
-// strip removes telnet's commands from p and returns how many bytes are left. It ends
-// at an interrupt, with errInterrupted.
-func (t *telnetState) strip(p []byte) (n int, err error) {
+// strip removes telnet's commands from p, and what follows an interrupt. It returns
+// how many bytes are left.
+func (t *telnetState) strip(p []byte) (n int) {
 	if *t == telnetText && bytes.IndexByte(p, telnetIAC) < 0 {
-		return len(p), nil
+		return len(p)
 	}
 	for _, b := range p {
-		switch {
-		case *t == telnetText && b != telnetIAC, *t == telnetCommand && b == telnetIAC:
+		switch state := *t; {
+		case state == telnetText && b != telnetIAC, state == telnetCommand && b == telnetIAC:
+			*t = telnetText
 			p[n] = b
 			n++
-			*t = telnetText
-		case *t == telnetText:
+		case state == telnetText:
 			*t = telnetCommand
-		case *t == telnetCommand && (b == telnetIP || b == telnetBRK):
-			return n, errInterrupted
-		case *t == telnetCommand && b == telnetSB, *t == telnetSubCommand && b != telnetSE:
-			*t = telnetSub
-		case *t == telnetCommand && b >= telnetWILL:
+		case state == telnetCommand && (b == telnetIP || b == telnetBRK), state == telnetInterrupt:
+			*t = telnetInterrupt
+		case state == telnetCommand && b >= telnetWILL:
 			*t = telnetOption
-		case *t == telnetSub && b == telnetIAC:
+		case state == telnetCommand && b == telnetSB, state == telnetSubCommand && b != telnetSE:
+			*t = telnetSubnegotiation
+		case state == telnetSubnegotiation && b == telnetIAC:
 			*t = telnetSubCommand
-		case *t == telnetSub:
-		default:
+		case state != telnetSubnegotiation: // the command is complete
 			*t = telnetText
 		}
 	}
-	return n, nil
+	return n
 }
 
 // reply adds to the replies. The caller is the writer.
-func (s *socket) reply(parts ...string) {
-	for _, part := range parts {
-		s.replies = append(s.replies, part...)
-	}
+func (s *socket) reply(text string) {
+	s.replies = append(s.replies, text...)
 }
 
 // enqueue queues a message and reports whether the caller has become the writer,
@@ -530,7 +562,11 @@ func (s *socket) acquire() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.writing {
-		s.idle.Wait()
+		idle := make(chan struct{})
+		s.idle = idle
+		s.mu.Unlock()
+		<-idle
+		s.mu.Lock()
 	}
 	s.writing = true
 	return s.err
@@ -542,8 +578,7 @@ func (s *socket) flush() {
 	err := s.write(s.replies)
 	s.replies = nil
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for err == nil && len(s.queue) > 0 {
+	for len(s.queue) > 0 && err == nil {
 		m := s.queue[0]
 		s.queue = slices.Delete(s.queue, 0, 1)
 		s.mu.Unlock()
@@ -559,7 +594,11 @@ func (s *socket) flush() {
 		s.failLocked(err)
 	}
 	s.writing = false
-	s.idle.Signal()
+	if s.idle != nil {
+		close(s.idle)
+		s.idle = nil
+	}
+	s.mu.Unlock()
 }
 
 // write writes for the writer. The client may take the data as slowly as it likes,

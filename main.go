@@ -79,8 +79,8 @@ func main() {
 
 	stderr := &output{file: os.Stderr, name: "the log", unit: "lines"}
 	logger := log.New(stderr, "", log.LstdFlags)
-	stderr.log = logger
-	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", log: logger}
+	stderr.notices = log.New(noticeWriter{stderr}, "", log.LstdFlags)
+	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", notices: stderr.notices}
 	err := run(ctx, stdout, logger)
 	if err != nil {
 		logger.Print(err)
@@ -160,6 +160,7 @@ func listen(host string, port int) (net.Listener, error) {
 
 const (
 	maxOutput  = 1 << 20     // bytes that wait for each output
+	maxNotices = 4 << 10     // bytes in addition, of what the log says about left out writes
 	flushLimit = time.Second // from the end of the last connection to the end of the outputs
 )
 
@@ -167,21 +168,21 @@ var errNotRead = errors.New("it was not read")
 
 // An output is standard output or standard error. Whoever reads it may stop reading,
 // as a terminal does after Ctrl-S; so Write only queues, and a goroutine that exists
-// while there is something to write writes. When more than maxOutput bytes would
-// be queued, writes are left out until the queue has been written, and the log
-// says how many they were.
+// while something is queued writes. When more than maxOutput bytes would be
+// queued, writes are left out until the queue has been written. Then the log says how
+// many they were.
 type output struct {
-	file io.Writer
-	name string
-	unit string // of what one Write writes, in the plural
-	log  *log.Logger
+	file    io.Writer
+	name    string
+	unit    string // of what one Write writes, in the plural
+	notices *log.Logger
 
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
-	omitted int           // writes left out
-	err     error         // of the last of them, if it was tried
-	empty   chan struct{} // if not nil, closed when the queue is empty
+	omitted int           // writes left out since the last notice
+	err     error         // of the last of them that was tried
+	empty   chan struct{} // not nil: closed when the queue is empty
 }
 
 // Write never waits and never fails.
@@ -190,14 +191,31 @@ func (o *output) Write(p []byte) (int, error) {
 	defer o.mu.Unlock()
 	if o.size+len(p) > maxOutput || o.omitted > 0 && len(o.queue) > 0 {
 		o.omitted++
-		return len(p), nil
+	} else {
+		o.enqueueLocked(p)
 	}
+	return len(p), nil
+}
+
+// A noticeWriter writes to an output whose writes are being left out.
+type noticeWriter struct{ *output }
+
+func (w noticeWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.size+len(p) <= maxOutput+maxNotices {
+		w.enqueueLocked(p)
+	}
+	return len(p), nil
+}
+
+// enqueueLocked queues a write. o.mu must be held.
+func (o *output) enqueueLocked(p []byte) {
 	o.queue = append(o.queue, bytes.Clone(p))
 	o.size += len(p)
 	if len(o.queue) == 1 {
 		go o.writeQueue()
 	}
-	return len(p), nil
 }
 
 // writeQueue writes until the queue is empty.
@@ -236,7 +254,7 @@ func (o *output) logOmitted() {
 	o.omitted, o.err = 0, nil
 	o.mu.Unlock()
 	if omitted > 0 {
-		o.log.Printf("%s left out of %s: %d; %v", o.unit, o.name, omitted, cmp.Or(err, errNotRead))
+		o.notices.Printf("%s left out of %s: %d; %v", o.unit, o.name, omitted, cmp.Or(err, errNotRead))
 	}
 }
 

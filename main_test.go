@@ -3,9 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -42,11 +44,15 @@ func TestMain(m *testing.M) {
 }
 
 // program returns the program as a command in an empty directory, with no
-// settings but env.
+// settings but env. With go test -cover, what it covers counts too.
 func program(t testing.TB, env ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0])
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Dir = t.TempDir()
-	cmd.Env = append([]string{"TEST_BINARY_IS=the program", "PATH=" + os.Getenv("PATH")}, env...)
+	cmd.Env = append([]string{
+		"TEST_BINARY_IS=the program",
+		"PATH=" + os.Getenv("PATH"),
+		"GOCOVERDIR=" + cmp.Or(flag.Lookup("test.gocoverdir").Value.String(), os.TempDir()),
+	}, env...)
 	return cmd
 }
 
@@ -102,8 +108,14 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	return p
 }
 
-// dial connects to the program; a read that takes 20 seconds is given up.
-func (p *process) dial(t testing.TB) *bufio.ReadWriter {
+// A caller is a connection to the program. Reading gives up 20 seconds after dial.
+type caller struct {
+	*net.TCPConn
+	*bufio.Reader
+}
+
+// dial connects to the program.
+func (p *process) dial(t testing.TB) caller {
 	t.Helper()
 	conn, err := net.Dial("tcp", p.address)
 	if err != nil {
@@ -111,8 +123,10 @@ func (p *process) dial(t testing.TB) *bufio.ReadWriter {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	return bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriterSize(conn, 0))
+	return caller{conn.(*net.TCPConn), bufio.NewReader(conn)}
 }
+
+func (c caller) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 
 // readUntil reads up to and including text.
 func readUntil(t testing.TB, r io.ByteReader, text string) string {
@@ -129,10 +143,9 @@ func readUntil(t testing.TB, r io.ByteReader, text string) string {
 }
 
 // say sends a line.
-func say(t testing.TB, c *bufio.ReadWriter, line string) {
+func say(t testing.TB, c caller, line string) {
 	t.Helper()
-	c.WriteString(line + "\n")
-	if err := c.Flush(); err != nil {
+	if _, err := io.WriteString(c.TCPConn, line+"\n"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -148,7 +161,7 @@ func TestProgram(t *testing.T) {
 	readUntil(t, two, " stakes 300 tokens\n\nEnter a new BPM:")
 	say(t, one, "72")
 	readUntil(t, one, "block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 0s\n\nEnter a new BPM:")
-	for c, you := range map[*bufio.ReadWriter]string{one: " (you)", two: ""} {
+	for c, you := range map[caller]string{one: " (you)", two: ""} {
 		readUntil(t, c, "\nwinning validator: "+address+you+" with 100 of 100 tokens\n\nEnter a new BPM:")
 		text := readUntil(t, c, "]\n\nEnter a new BPM:")
 		var chain []Block
@@ -159,7 +172,7 @@ func TestProgram(t *testing.T) {
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []*bufio.ReadWriter{one, two} {
+	for _, c := range []caller{one, two} {
 		readUntil(t, c, "\nserver shutting down\n")
 		if _, err := c.ReadByte(); err != io.EOF {
 			t.Errorf("after the last words: %v, want EOF", err)
@@ -270,6 +283,220 @@ func TestFileTakenAway(t *testing.T) {
 	if log := p.stderr.take(); p.ProcessState.ExitCode() != 1 || !strings.Contains(log, "the chain cannot go on: stat "+file+": no such file") {
 		t.Errorf("%v, logged %s", p.ProcessState, log)
 	}
+}
+
+// A port that is in use stops the start before the file is touched.
+func TestPortFirst(t *testing.T) {
+	taken, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	cmd := program(t, "HOST=localhost", fmt.Sprintf("PORT=%d", taken.Addr().(*net.TCPAddr).Port))
+	if out, err := cmd.CombinedOutput(); err == nil {
+		t.Errorf("it started: %s", out)
+	}
+	if files, err := os.ReadDir(cmd.Dir); err != nil || len(files) != 0 {
+		t.Errorf("%v, %v are in its directory", err, files)
+	}
+}
+
+// A second server on the same file does not start, by whatever name it has the
+// file, and harms neither the first nor the file. When the first one is gone, even by
+// kill -9, the next one starts.
+func TestSecondServer(t *testing.T) {
+	file, text := newChainFile(t, 3)
+	link, hardLink := file+".link", file+".hard"
+	if err := errors.Join(os.Symlink(file, link), os.Link(file, hardLink)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		first := start(t, "CHAIN_FILE="+file, "ROUND_INTERVAL=300ms")
+		for _, name := range []string{file, link, hardLink} {
+			cmd := program(t, "PORT=0", "CHAIN_FILE="+name)
+			out, _ := cmd.CombinedOutput()
+			want := fmt.Sprintf("cannot use %q for CHAIN_FILE: another server uses it; give each its own\n", name)
+			if cmd.ProcessState.ExitCode() != 1 || !strings.HasSuffix(string(out), want) || bytes.Count(out, []byte("\n")) != 1 {
+				t.Errorf("%v, %s, want %s", cmd.ProcessState, out, want)
+			}
+		}
+		if !bytes.Equal(readFile(t, file), text) {
+			t.Error("the file has changed")
+		}
+		c := first.dial(t)
+		say(t, c, "100\n72")
+		readUntil(t, c, " (you) with 100 of 100 tokens\n")
+		first.Process.Kill()
+		first.Wait()
+		text = readFile(t, file)
+	}
+}
+
+// A second Ctrl-C ends the program at once, even while it waits for clients.
+func TestSecondInterrupt(t *testing.T) {
+	p := start(t, "CHAIN_FILE=")
+	c := p.dial(t)
+	readUntil(t, c, "Enter token balance:")
+	p.Process.Signal(os.Interrupt)
+	readUntil(t, c, "server shutting down\n") // and now it waits for the client to close
+	p.Process.Signal(os.Interrupt)
+	p.Wait()
+	if status := p.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != syscall.SIGINT {
+		t.Errorf("it ended with %v, want by the signal", p.ProcessState)
+	}
+}
+
+// Nobody reads standard output, the log or either of them: the draws go on, and SIGTERM
+// ends the program with exit status 0.
+func TestOutputsAreNotRead(t *testing.T) {
+	for name, unread := range map[string]struct{ stdout, log bool }{
+		"stdout": {true, false},
+		"log":    {false, true},
+		"both":   {true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, stdout, log := startUnread(t)
+			var reading sync.WaitGroup
+			var blocks, lines []byte
+			if !unread.stdout {
+				reading.Go(func() { blocks, _ = io.ReadAll(stdout) })
+			}
+			if !unread.log {
+				reading.Go(func() { lines, _ = io.ReadAll(log) })
+			}
+			const draws = 1000 // a pipe holds some 200 blocks and 400 lines of the log
+			win(t, p, draws)
+			p.Process.Signal(syscall.SIGTERM)
+			if err := p.Wait(); err != nil {
+				t.Error(err)
+			}
+			reading.Wait()
+			if unread.stdout {
+				blocks, _ = io.ReadAll(stdout)
+			}
+			printed := wantBlocks(t, blocks)
+			if unread.stdout == (printed == 1+draws) {
+				t.Errorf("%d blocks were printed", printed)
+			}
+			if !unread.log {
+				lost := fmt.Sprintf("blocks left out of standard output: %d; it was not read\n", 1+draws-printed)
+				if strings.Contains(string(lines), lost) != unread.stdout || strings.Count(string(lines), " wins with ") != draws {
+					t.Errorf("%d blocks were printed; logged %.300s … %s", printed, lines, lines[len(lines)-300:])
+				}
+			}
+		})
+	}
+}
+
+// What does not fit into the queues is left out whole, and counted in the log when it is
+// read again.
+func TestOutputsAreReadAgain(t *testing.T) {
+	p, stdout, log := startUnread(t)
+	const draws = 3500
+	win(t, p, draws)
+	const cheats = 2500
+	for range cheats {
+		c := p.dial(t)
+		say(t, c, "1\n"+strings.Repeat("\x01", maxLine))
+		readUntil(t, c, " forfeited\n")
+		c.Close()
+	}
+
+	var blocks []byte
+	var reading sync.WaitGroup
+	reading.Go(func() { blocks, _ = io.ReadAll(stdout) })
+	lines := readUntil(t, log, " left out of ")
+	lines += readUntil(t, log, " left out of ") // in either order
+	win(t, p, 1)                                // and all is as ever
+	p.Process.Signal(syscall.SIGTERM)
+	rest, _ := io.ReadAll(log)
+	lines += string(rest)
+	reading.Wait()
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+
+	omitted := func(what string) int {
+		match := regexp.MustCompile(what+": ([0-9]+); it was not read\n").FindAllStringSubmatch(lines, -1)
+		if len(match) != 1 {
+			t.Fatalf("the log says %d times how many %s", len(match), what)
+		}
+		n, _ := strconv.Atoi(match[0][1])
+		return n
+	}
+	if printed, lost := wantBlocks(t, blocks), omitted("blocks left out of standard output"); printed+lost != 1+draws+1 {
+		t.Errorf("%d blocks were printed and %d left out, want %d together", printed, lost, 1+draws+1)
+	}
+	// The joins, the wins, the cheats, both lines about what is left out, the stop.
+	want := 2 + draws + 1 + 2*cheats + 2 + 1
+	if logged, lost := strings.Count(lines, "\n"), omitted("lines left out of the log"); logged+lost != want {
+		t.Errorf("%d lines were logged and %d left out, want %d together", logged, lost, want)
+	}
+	for _, line := range strings.SplitAfter(lines, "\n") {
+		if line != "" && !regexp.MustCompile(`^20../../.. ..:..:.. [[:print:]]+\n$`).MatchString(line) {
+			t.Errorf("logged %q", line)
+		}
+	}
+}
+
+// startUnread starts the program, with rounds of 1 ms, and reads no more of its outputs
+// than that it has started.
+func startUnread(t *testing.T) (p *process, stdout, log *bufio.Reader) {
+	t.Helper()
+	cmd := program(t, "PORT=0", "HOST=localhost", "CHAIN_FILE=", "ROUND_INTERVAL=1ms", "BROADCAST_INTERVAL=1h")
+	var readers []*bufio.Reader
+	for _, output := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		t.Cleanup(func() { r.Close() })
+		*output = w
+		readers = append(readers, bufio.NewReaderSize(r, 1000))
+	}
+	p = &process{Cmd: cmd}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.kill() })
+	started := readUntil(t, readers[1], "a draw every 1ms, a broadcast of the chain every 1h0m0s\n")
+	p.address = listening.FindStringSubmatch(started)[1]
+	return p, readers[0], readers[1]
+}
+
+// win has one validator win so many draws.
+func win(t *testing.T, p *process, draws int) {
+	t.Helper()
+	c := p.dial(t)
+	say(t, c, "100")
+	for range draws {
+		readUntil(t, c, bpmPrompt)
+		say(t, c, "72")
+		readUntil(t, c, "(you)")
+	}
+}
+
+// wantBlocks checks that the text is whole blocks in order, and returns how many.
+func wantBlocks(t *testing.T, text []byte) int {
+	t.Helper()
+	block := regexp.MustCompile(`^\(main\.Block\) \{\n Index: \(int\) (\d+),\n(?: .*\n){5}\}\n`)
+	count, last := 0, -1
+	for len(text) > 0 {
+		match := block.FindSubmatch(text)
+		if match == nil {
+			t.Fatalf("after %d blocks: %.1000q", count, text)
+		}
+		index, _ := strconv.Atoi(string(match[1]))
+		if index <= last {
+			t.Fatalf("block %d after block %d", index, last)
+		}
+		last = index
+		count++
+		text = text[len(match[0]):]
+	}
+	return count
 }
 
 // The program goes on when nobody reads the blocks, as after | head.
