@@ -187,15 +187,19 @@ func (w *world) joinDeaf() *testClient {
 	return c
 }
 
-// joinLate is joinDeaf, but after the first byte of what it is told, and then
-// some time, the client reads the rest.
+// joinLate returns a client with one token that takes the first byte of each message and
+// then, after some time, the rest.
 func (w *world) joinLate(late time.Duration) {
 	w.Helper()
 	c := w.joinDeaf()
 	go func() {
-		c.Read(make([]byte, 1))
-		time.Sleep(late)
-		io.Copy(io.Discard, c)
+		for message := make([]byte, 1000); ; {
+			if _, err := c.Read(message[:1]); err != nil {
+				return
+			}
+			time.Sleep(late)
+			c.Read(message)
+		}
 	}()
 }
 
@@ -783,21 +787,31 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 	})
 }
 
-// Clients that take nothing, or each message late, however many, hold up the
-// others for a moment at most when a draw is announced.
-func TestStalledHoldUpLittle(t *testing.T) {
-	for _, late := range []time.Duration{fanOutStep - time.Millisecond, 9 * time.Second} {
-		testWorld(t, func(w *world) {
-			for range 500 {
-				w.joinLate(late)
-			}
-			last := w.join(1)
-			last.send("72\n")
-			last.heard.take()
-			w.advance(30 * time.Second)
-			w.advance(10 * fanOutStep) // each time twice as many are served
-			last.want(last.won(1))
-			w.advance(late)
+// Thousands of clients that take each message late, even just in time not to be given up,
+// hold up the others for half a second at most, and not the next draw.
+func TestLateClientsHoldUpLittle(t *testing.T) {
+	for _, late := range []time.Duration{1100 * time.Microsecond, 1200 * time.Microsecond, 1300 * time.Microsecond, 9 * time.Second} {
+		t.Run(late.String(), func(t *testing.T) {
+			set := func(s *server) { s.maxValidators = 4001 }
+			testWorldWith(t, set, func(w *world) {
+				for range 4000 {
+					w.joinLate(late)
+				}
+				last := w.join(1)
+				for range 2 {
+					last.send("72\n")
+					last.heard.take()
+					w.advance(29400 * time.Millisecond)
+					last.want("")
+					w.advance(600 * time.Millisecond) // half a second after the tick
+					if heard := last.heard.take(); !strings.HasPrefix(heard, last.won(1)) {
+						t.Errorf("heard %q, want %q", heard, last.won(1))
+					}
+				}
+				w.wantInside(4001, 4001)
+				w.stop()
+				w.advance(late) // the clients end
+			})
 		})
 	}
 }
@@ -1073,28 +1087,112 @@ func TestStopWithTenThousand(t *testing.T) {
 	})
 }
 
+// telnetCommands matches telnet's commands in text that has a rune for each byte:
+// RFC 854, and RFC 855 for subnegotiations.
+var telnetCommands = regexp.MustCompile(`(?s)\x{ff}\x{ff}|` +
+	`\x{ff}\x{fa}(?:[^\x{ff}]|\x{ff}[^\x{f0}])*(?:\x{ff}\x{f0}|\x{ff}?\z)|` +
+	`\x{ff}[\x{fb}-\x{fe}](?:.|\z)|` +
+	`\x{ff}(?:.|\z)`)
+
+// withoutTelnet returns what is left of the bytes without telnet's commands, up to the end
+// of the last line before an interrupt if there is one.
+func withoutTelnet(sent []byte) (left []byte, interrupted bool) {
+	var runes []rune
+	for _, b := range sent {
+		runes = append(runes, rune(b))
+	}
+	text := telnetCommands.ReplaceAllStringFunc(string(runes), func(command string) string {
+		switch command {
+		case "\u00ff\u00ff":
+			return "\u00ff"
+		case "\u00ff\u00f4", "\u00ff\u00f3":
+			return "INTERRUPT"
+		}
+		return ""
+	})
+	text, _, interrupted = strings.Cut(text, "INTERRUPT")
+	if interrupted {
+		text = text[:strings.LastIndex(text, "\n")+1]
+	}
+	for _, r := range text {
+		left = append(left, byte(r))
+	}
+	return left, interrupted
+}
+
+// Telnet's commands, cut anywhere, change nothing; an interrupt hangs up.
+func TestTelnet(t *testing.T) {
+	for _, sent := range []string{
+		"\xff\xfb\x1f\xff\xfb\x20\xff\xfb\x18\xff\xfb\x27\xff\xfd\x01\xff\xfb\x03\xff\xfd\x03100\r\n72\r\n", // as PuTTY
+		"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\n\xff\xfe\xff7\xff\xf12\n",                                   // options that look like something else
+		"100\n7\xff\xfa\x18\x00xterm\xff\xff\xf0\xff\xf4\n\xff\xf02\n",                                      // a subnegotiation with all in it
+		"100\n\xff\xff\n",   // a byte 0xff
+		"100\n\xff\xfa72\n", // one that never ends
+		"100\n72\xff",       // cut short
+		"100\n72\xff\xfb",
+		"100\n\xff\xf9\xff\xf0" + strings.Repeat("0", 62) + "\xff\xfb\x0172\n", // as long as a line may be
+		"100\n72\n7\xff\xf4\xff\xfd\x06",                                       // Ctrl-C
+		"100\n72\n\xff\xf3 73\n",                                               // Break
+		"10\xff\xf40\n",
+		"\xff\xf4100\n",
+	} {
+		for cut := range len(sent) {
+			wantSameWithoutTelnet(t, []byte(sent), cut)
+		}
+	}
+}
+
+// wantSameWithoutTelnet checks that a client hears, and has logged, the same whether or
+// not there are telnet's commands in what it sends, cut into two parts.
+func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
+	t.Helper()
+	left, interrupted := withoutTelnet(sent)
+	heard, logged := transcript(t, sent[:cut], sent[cut:])
+	want, wantLogged := transcript(t, bytes.ReplaceAll(left, []byte("\xff"), []byte("\xff\xff")))
+	if interrupted { // hears less
+		want = want[:min(len(want), len(heard))]
+	}
+	if heard != want || logged != wantLogged {
+		t.Errorf("%q cut at %d: heard %q\nlogged %q\nwithout commands, %q: heard %q\nlogged %q", sent, cut, heard, logged, left, want, wantLogged)
+	}
+}
+
+// Telnet's Ctrl-C closes the connection at once; stake and block stay for the draw.
+func TestInterrupt(t *testing.T) {
+	testWorld(t, func(w *world) {
+		c, other := w.join(100), w.join(1)
+		c.send("72\n")
+		c.heard.take()
+		c.send("7\xff\xf4\xff\xfd\x06")
+		c.wantClosed("")
+		w.wantInside(2, 101)
+		w.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
+		w.advance(30 * time.Second)
+		other.want(c.wins(100))
+		w.wantInside(1, 1)
+	})
+}
+
 // FuzzSession says that whatever a client sends, it hears the same however that is
-// cut, and nothing that a terminal would obey.
+// cut, and without telnet's commands, and nothing that controls a terminal.
 func FuzzSession(f *testing.F) {
 	f.Add([]byte("100\n72\n\n73\r\noops\n72\n"), uint16(5))
 	f.Add([]byte(" +5 \r\n-999999999999999"), uint16(20))
-	f.Add([]byte("\x1b[2J\xff\x00\n"), uint16(2))
+	f.Add([]byte("\x1b[2J\xff\xff\x00\n"), uint16(2))
 	f.Add([]byte("1\n"+strings.Repeat("0", 64)+"\r\n"+strings.Repeat("0", 65)+"\n"), uint16(67))
+	f.Add([]byte("\xff\xfb\x1f100\n\xff\xfa\x18\x00x\xff\xf072\n7\xff\xf4\xff\xfd\x06"), uint16(9))
 	f.Fuzz(func(t *testing.T, sent []byte, cut uint16) {
 		at := min(int(cut), len(sent))
-		whole := transcript(t, sent)
-		if parts := transcript(t, sent[:at], sent[at:]); parts != whole {
-			t.Errorf("cut at %d: %q\nwhole:   %q", at, parts, whole)
-		}
-		if !terminalSafe(whole) {
-			t.Errorf("said or logged: %q", whole)
+		wantSameWithoutTelnet(t, sent, at)
+		if heard, logged := transcript(t, sent); !terminalSafe(heard) || !terminalSafe(logged) {
+			t.Errorf("heard %q\nlogged %q", heard, logged)
 		}
 	})
 }
 
 // transcript is what a client hears, and what is logged, from its connecting to
 // the draw after it has sent the parts and closed its sending half.
-func transcript(t *testing.T, parts ...[]byte) (text string) {
+func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
 	testWorld(t, func(w *world) {
 		c := w.connect()
 		for _, part := range parts {
@@ -1104,7 +1202,8 @@ func transcript(t *testing.T, parts ...[]byte) (text string) {
 		c.halfClose()
 		w.advance(30 * time.Second)
 		c.wantClosed(c.heard.peek())
-		text = c.heard.take() + w.log.take()
+		heard, logged = c.heard.take(), w.log.take()
 	})
-	return regexp.MustCompile("[0-9a-f]{64}").ReplaceAllString(text, "ADDRESS")
+	address := regexp.MustCompile("[0-9a-f]{64}")
+	return address.ReplaceAllString(heard, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")
 }
