@@ -34,8 +34,7 @@ type Block struct {
 	Validator string // address of who proposed it; empty for the genesis block
 }
 
-// maxBlock is the most bytes that the JSON object of a block from generateBlock
-// can have.
+// maxBlock is a length in bytes that no JSON object of a block exceeds.
 const maxBlock = 384
 
 // jsonParts is the text before, between and after the six values of a block's
@@ -246,19 +245,22 @@ func (c *Blockchain) readBlocks(file *os.File, size int64, logger *log.Logger) e
 	lines := bufio.NewReaderSize(file, 64<<10)
 	for c.size < size {
 		line, err := lines.ReadSlice('\n')
-		if err != nil && err != io.EOF && err != bufio.ErrBufferFull { // no block fills the buffer
+		if err != nil && err != io.EOF && err != bufio.ErrBufferFull { // a line that fills the buffer is no block
 			return err
 		}
 		next := c.head.Index + 1
 		if c.size+int64(len(line)) == size && isTorn(line, next) {
+			// By name, since Windows cannot truncate a file that is open for appending.
+			if err := os.Truncate(file.Name(), c.size); err != nil {
+				return err
+			}
 			logger.Printf("%s: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced",
 				file.Name(), len(line))
-			// By name, since Windows cannot truncate a file that is open for appending.
-			return os.Truncate(file.Name(), c.size)
+			return nil
 		}
 		object := c.add(bytes.TrimSuffix(line, []byte("\n")))
-		// The block shares the bytes of its object, which never change. Otherwise
-		// loading would leave more garbage than there is chain.
+		// The block's strings share the bytes of its object, which never change. A
+		// copy of each object would be garbage as large as the chain.
 		block, err := parseBlock(unsafe.String(unsafe.SliceData(object), len(object)))
 		if err == nil {
 			err = validateBlock(block, c.head)
