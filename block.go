@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -13,10 +14,13 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
+	"unsafe"
+
+	"proof-of-stake/internal/filelock"
 )
 
 // A Block is one heart rate on the chain. Its fields, in this order, are
@@ -30,10 +34,11 @@ type Block struct {
 	Validator string // address of who proposed it; empty for the genesis block
 }
 
-// maxBlock is as long as a block's JSON object gets here, in bytes.
+// maxBlock is a length in bytes that no JSON object of a block exceeds.
 const maxBlock = 384
 
-// jsonParts is the text around the six values of a block's JSON object.
+// jsonParts is the text before, between and after the six values of a block's
+// JSON object.
 var jsonParts = [...]string{`{"Index":`, `,"Timestamp":"`, `","BPM":`,
 	`,"Hash":"`, `","PrevHash":"`, `","Validator":"`, `"}`}
 
@@ -47,43 +52,61 @@ func (b Block) appendJSON(dst []byte) []byte {
 	return append(dst, jsonParts[len(jsonParts)-1]...)
 }
 
-// parseBlock is the inverse of appendJSON. It refuses what appendJSON would
-// have written differently.
+// parseBlock is the inverse of appendJSON. Its error says why object is not, byte
+// for byte, what appendJSON writes. The block's strings are parts of object.
 func parseBlock(object string) (Block, error) {
-	var values [len(jsonParts)]string // what stands before each part; before the first, nothing
+	if object == "" {
+		return Block{}, errors.New("it is empty")
+	}
+	var values [len(jsonParts)]string // values[i] is the text before jsonParts[i]
 	rest := object
 	for i, part := range jsonParts {
 		var found bool
 		if values[i], rest, found = strings.Cut(rest, part); !found {
-			return Block{}, fmt.Errorf("it is no block: want %s in it", part)
+			return Block{}, fmt.Errorf("it has no %s and is no block: %s", part, quote(object))
 		}
 	}
 	block := Block{Timestamp: values[2], Hash: values[4], PrevHash: values[5], Validator: values[6]}
 	var err error
 	if block.Index, err = strconv.Atoi(values[1]); err != nil {
-		return Block{}, fmt.Errorf("its Index is %q, want a whole number", values[1])
+		return Block{}, fmt.Errorf("its Index is no whole number: %s", quote(values[1]))
 	}
 	if block.BPM, err = strconv.Atoi(values[3]); err != nil {
-		return Block{}, fmt.Errorf("its BPM is %q, want a whole number", values[3])
+		return Block{}, fmt.Errorf("its BPM is no whole number: %s", quote(values[3]))
 	}
-	if !isPlain(block.Timestamp) || !isPlain(block.Validator) {
-		return Block{}, fmt.Errorf("want letters, digits and :.+- alone in its Timestamp %q and its Validator %q", block.Timestamp, block.Validator)
+	for i, key := range [...]string{2: "Timestamp", 4: "Hash", 5: "PrevHash", 6: "Validator"} {
+		if key != "" && !isPlain(values[i]) {
+			return Block{}, fmt.Errorf("its %s is not at most 64 letters, digits, or any of :.+- but %s", key, quote(values[i]))
+		}
 	}
-	if string(block.appendJSON(make([]byte, 0, maxBlock))) != object {
-		return Block{}, fmt.Errorf("it is %q, want %q", object, block.appendJSON(nil))
+	if written := block.appendJSON(make([]byte, 0, maxBlock)); string(written) != object {
+		return Block{}, fmt.Errorf("it should read %s", string(written))
 	}
 	return block, nil
 }
 
-// isPlain reports whether s has nothing in it that JSON would have to escape,
-// or that a terminal would obey. Times and addresses never have.
+// plainBytes holds true for each byte that times, hashes and addresses consist of.
+var plainBytes = func() (plain [256]bool) {
+	for _, c := range []byte("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz:.+-") {
+		plain[c] = true
+	}
+	return
+}()
+
+// isPlain reports whether s has at most 64 bytes, all of them plain. Such a string
+// needs no escapes in JSON and is safe to print on a terminal.
 func isPlain(s string) bool {
-	for _, c := range []byte(s) {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != ':' && c != '.' && c != '+' && c != '-' {
+	for i := range len(s) {
+		if !plainBytes[s[i]] {
 			return false
 		}
 	}
-	return true
+	return len(s) <= 64
+}
+
+// quote returns the first 64 bytes of s in quotes, without control characters.
+func quote(s string) string {
+	return strconv.Quote(s[:min(len(s), 64)])
 }
 
 // calculateBlockHash returns the hexadecimal SHA-256 of the block's JSON object
@@ -92,14 +115,14 @@ func isPlain(s string) bool {
 func calculateBlockHash(block Block) string {
 	block.Hash = ""
 	sum := sha256.Sum256(block.appendJSON(make([]byte, 0, maxBlock)))
-	return hex.EncodeToString(sum[:])
+	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:]))
 }
 
-// nothing is what the genesis block is built on.
-var nothing = Block{Index: -1}
+// beforeGenesis stands for the block that the genesis block follows.
+var beforeGenesis = Block{Index: -1}
 
-// generateBlock returns the block that follows oldBlock, as the validator at
-// address proposed it at that time.
+// generateBlock returns the block that follows oldBlock. The validator at address
+// proposed it at the time proposed.
 func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) Block {
 	newBlock := Block{
 		Index:     oldBlock.Index + 1,
@@ -112,27 +135,31 @@ func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) 
 	return newBlock
 }
 
-// validateBlock says why newBlock cannot follow oldBlock, or nil if it can.
+// validateBlock returns nil if newBlock can follow oldBlock, or else an error that
+// says why it cannot.
 func validateBlock(newBlock, oldBlock Block) error {
 	if newBlock.Index != oldBlock.Index+1 {
-		return fmt.Errorf("its Index is %d, want %d", newBlock.Index, oldBlock.Index+1)
+		return fmt.Errorf("block %d stands where block %d belongs", newBlock.Index, oldBlock.Index+1)
+	}
+	if newBlock.Index == 0 && (newBlock.BPM != 0 || newBlock.PrevHash != "" || newBlock.Validator != "") {
+		return errors.New("block 0 is no genesis block: that has BPM 0, an empty PrevHash and an empty Validator")
 	}
 	if newBlock.PrevHash != oldBlock.Hash {
-		return fmt.Errorf("its PrevHash is %q, want the Hash of the block before, %q", newBlock.PrevHash, oldBlock.Hash)
+		return fmt.Errorf("block %d does not follow: its PrevHash is %s, the Hash of block %d is %s",
+			newBlock.Index, cmp.Or(newBlock.PrevHash, "empty"), oldBlock.Index, oldBlock.Hash)
 	}
 	if hash := calculateBlockHash(newBlock); newBlock.Hash != hash {
-		return fmt.Errorf("its Hash is %q, want %q", newBlock.Hash, hash)
-	}
-	if newBlock.Index == 0 && (newBlock.BPM != 0 || newBlock.Validator != "") {
-		return fmt.Errorf("the genesis block has BPM %d and Validator %q, want 0 and none", newBlock.BPM, newBlock.Validator)
+		return fmt.Errorf("block %d was changed: its contents hash to %s, its Hash says %s",
+			newBlock.Index, hash, cmp.Or(newBlock.Hash, "nothing"))
 	}
 	return nil
 }
 
-// A Blockchain is an append-only list of blocks, held as the JSON that is
-// broadcast, and in a file with a block a line unless it is in memory only. It
-// belongs to one goroutine, but what latest returned may be read by others at any
-// time: bytes once written never change or move.
+// A Blockchain is an append-only list of blocks. It holds them as the JSON that is
+// broadcast and, unless it is in memory only, in a file with one block a line.
+//
+// Only one goroutine may use it. What latest returned may be read by others at any
+// time, since bytes once written never change or move.
 type Blockchain struct {
 	head   Block     // the newest block
 	chunks [][]byte  // the blocks' JSON objects, a comma after each; none is split over two chunks
@@ -149,21 +176,31 @@ type chainFile interface {
 	Truncate(size int64) error
 }
 
-// errChainLost is in the errors after which the chain's file can no longer be
-// vouched for.
+// errChainLost is wrapped by errors after which no block can be appended any more,
+// because the chain's file is in a state that the chain does not know.
 var errChainLost = errors.New("the chain cannot go on")
 
-// chunkSize is the capacity of a chunk in bytes. A slice that grew as one piece
-// would at times hold the chain twice, and once more for whoever still reads an
-// older copy. Many small pieces would cost their readers more.
-const chunkSize = 4 << 20
+// chunkSize is the capacity of a chunk in bytes. If the chain were one slice,
+// growing it would copy it, and readers would keep the older copies in memory. A
+// broadcast writes each chunk separately, so small chunks would slow it down. Tests
+// use smaller ones.
+var chunkSize = 4 << 20
 
-// openBlockchain returns the chain in the file of that name, or a new one that is
-// kept there from now on. Without a name the chain is in memory only.
+// fsync makes what was written to a file, or the names in a directory, survive a
+// power cut. Tests replace it.
+var fsync = chainFile.Sync
+
+// openBlockchain returns the chain in the named file. If there is no such file, or
+// it is empty, it returns a new chain and keeps it there. Without a name the chain
+// is in memory only. When openBlockchain returns, all blocks are on disk.
+//
+// The file stays locked as long as it is open. It is refused, and left as it is,
+// if another server uses it or if it has a line that is no valid block, except
+// for a torn last line, which is dropped with a warning.
 func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
-	c := &Blockchain{head: nothing}
+	c := &Blockchain{head: beforeGenesis}
 	if name == "" {
-		return c, c.append(generateBlock(nothing, 0, "", time.Now()))
+		return c, c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
 	}
 	file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
@@ -176,76 +213,109 @@ func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
 	return c, nil
 }
 
-// load makes the file the chain's. The file is changed only if all its lines
-// are valid: a last line without its end, which cannot have been announced, is
-// dropped with a warning, and an empty file gets a genesis block.
+// load loads the chain from the file, on the terms of openBlockchain.
 func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
+	if !filelock.TryLock(file) {
+		return errors.New("another server uses it; give each its own")
+	}
 	info, err := file.Stat()
 	if err != nil {
 		return err
 	}
 	if !info.Mode().IsRegular() {
-		return fmt.Errorf("%s is not a regular file", file.Name())
+		return errors.New("it is not a regular file")
 	}
-	for lines := bufio.NewReaderSize(file, 64<<10); ; {
+	if err := c.readBlocks(file, info.Size(), logger); err != nil {
+		return err
+	}
+	c.file = file
+	if c.head == beforeGenesis {
+		err = c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
+	} else {
+		err = fsync(file) // a server that crashed may have written a block without syncing it
+	}
+	if err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(file.Name()))
+}
+
+// readBlocks reads the blocks in the file of size bytes and drops a torn last line.
+func (c *Blockchain) readBlocks(file *os.File, size int64, logger *log.Logger) error {
+	lines := bufio.NewReaderSize(file, 64<<10)
+	for c.size < size {
 		line, err := lines.ReadSlice('\n')
-		for err == bufio.ErrBufferFull {
-			line = nil // no block is that long
-			_, err = lines.ReadSlice('\n')
+		if err != nil && err != io.EOF && err != bufio.ErrBufferFull { // a line that fills the buffer is no block
+			return err
 		}
-		if err == io.EOF {
-			break
+		next := c.head.Index + 1
+		if c.size+int64(len(line)) == size && isTorn(line, next) {
+			// By name, since Windows cannot truncate a file that is open for appending.
+			if err := os.Truncate(file.Name(), c.size); err != nil {
+				return err
+			}
+			logger.Printf("%s: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced",
+				file.Name(), len(line))
+			return nil
 		}
-		var block Block
-		object := bytes.TrimSuffix(line, []byte("\n"))
-		if err == nil {
-			block, err = parseBlock(string(object))
-		}
+		object := c.add(bytes.TrimSuffix(line, []byte("\n")))
+		// The block's strings share the bytes of its object, which never change. A
+		// copy of each object would be garbage as large as the chain.
+		block, err := parseBlock(unsafe.String(unsafe.SliceData(object), len(object)))
 		if err == nil {
 			err = validateBlock(block, c.head)
 		}
 		if err != nil {
-			return fmt.Errorf("%s, line %d: %w", file.Name(), c.head.Index+2, err)
+			return fmt.Errorf("line %d: %w", next+1, err)
 		}
-		c.grow(block, object)
+		c.head = block
 		c.size += int64(len(line))
 	}
-	c.file = file
-	if torn := info.Size() - c.size; torn > 0 {
-		// By its name, since on Windows a file that is open for appending cannot be cut.
-		if err := os.Truncate(file.Name(), c.size); err != nil {
-			return err
-		}
-		logger.Printf("dropped the last %d bytes of %s, a line without its end", torn, file.Name())
-	}
-	if c.head == nothing {
-		if err := c.append(generateBlock(nothing, 0, "", time.Now())); err != nil {
-			return err
-		}
-		return syncDir(filepath.Dir(file.Name()))
-	}
-	return file.Sync() // whoever wrote what has been read may not have come to this
+	return nil
 }
 
-// syncDir makes the names of new files in the directory last.
+// isTorn reports whether line, the last one in a file, may be what a crash has left
+// of the block with the given index: some of its pages never reached the disk, so
+// the line is cut off or has zero bytes instead.
+func isTorn(line []byte, index int) bool {
+	text, whole := bytes.CutSuffix(line, []byte("\n"))
+	if len(text) > maxBlock || whole && bytes.IndexByte(text, 0) < 0 {
+		return false
+	}
+	start := fmt.Appendf(nil, `{"Index":%d,"Timestamp":"`, index)
+	written := bytes.TrimRight(text, "\x00")
+	if bytes.HasPrefix(written, start) || bytes.HasPrefix(start, written) {
+		return true
+	}
+	written = bytes.TrimLeft(text, "\x00")
+	missing := min(len(text)-len(written), len(start))
+	return whole && missing > 0 && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`))
+}
+
+// syncDir makes the names of new files in the directory survive a power cut, as
+// far as the system and the file system can do that.
 func syncDir(name string) error {
 	if runtime.GOOS == "windows" {
-		return nil // where no directory can be synced
+		return nil // it cannot sync directories
 	}
 	dir, err := os.Open(name)
 	if err != nil {
-		return err
+		return nil // a file in it can be used even if the directory cannot be read
 	}
 	defer dir.Close()
-	return dir.Sync()
+	err = fsync(dir)
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		return nil // as on some network file systems
+	}
+	return err
 }
 
-// append puts on the chain a block that is valid on top of the head. When it
-// returns nil the block is on disk; when it returns an error nothing has
-// changed, unless it is errChainLost: then the file is not the chain's any more.
+// append adds a block that is valid on top of the head. When it returns nil the
+// block is on disk. When it returns an error the chain and its file are as before,
+// unless the error wraps errChainLost.
 func (c *Blockchain) append(block Block) error {
 	if err := validateBlock(block, c.head); err != nil {
-		return fmt.Errorf("block %d: %w", block.Index, err)
+		return err
 	}
 	line := append(block.appendJSON(make([]byte, 0, maxBlock)), '\n')
 	if c.file != nil {
@@ -253,68 +323,71 @@ func (c *Blockchain) append(block Block) error {
 			return err
 		}
 	}
-	c.grow(block, line[:len(line)-1])
+	c.add(line[:len(line)-1])
+	c.head = block
 	return nil
 }
 
-// write adds a line to the file, on the terms of append.
+// write appends a line to the file and syncs it, on the terms of append.
 func (c *Blockchain) write(line []byte) error {
 	if err := c.checkFile(); err != nil {
 		return fmt.Errorf("%w: %w", errChainLost, err)
 	}
 	_, err := c.file.Write(line)
 	if err == nil {
-		err = c.file.Sync()
+		err = fsync(c.file)
 	}
 	if err == nil {
 		c.size += int64(len(line))
 		return nil
 	}
-	// Whether the cut is on disk does not matter: without it there would be a
-	// torn line, or a block that nobody has heard of.
+	// The truncation need not be synced: if a crash undoes it, the file ends with a
+	// torn line or with a block that was not announced.
 	if failed := c.file.Truncate(c.size); failed != nil {
-		return fmt.Errorf("%w: after %w its file cannot be cut back to the last whole block: %w", errChainLost, err, failed)
+		return fmt.Errorf("%w: writing a block failed (%w), and so did removing what was written of it (%w)", errChainLost, err, failed)
 	}
 	return err
 }
 
-// checkFile says why the file is not as the chain left it, or nil if it is.
+// checkFile returns an error if something else has deleted or replaced the file, or
+// changed its size.
 func (c *Blockchain) checkFile() error {
+	name := c.file.Name()
 	opened, err := c.file.Stat()
 	if err != nil {
 		return err
 	}
-	there, err := os.Stat(c.file.Name())
-	if err != nil {
+	named, err := os.Stat(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s was deleted while the server ran", name)
+	case err != nil:
 		return err
-	}
-	if !os.SameFile(opened, there) {
-		return fmt.Errorf("%s was replaced by another file", c.file.Name())
-	}
-	if opened.Size() != c.size {
-		return fmt.Errorf("%s has %d bytes, want the %d that were left there: something else has written to it",
-			c.file.Name(), opened.Size(), c.size)
+	case !os.SameFile(opened, named):
+		return fmt.Errorf("%s was replaced by another file while the server ran", name)
+	case opened.Size() > c.size:
+		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, c.size, opened.Size())
+	case opened.Size() < c.size:
+		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, c.size, opened.Size())
 	}
 	return nil
 }
 
-// grow makes block the head and adds its JSON object in memory.
-func (c *Blockchain) grow(block Block, object []byte) {
+// add appends a JSON object to the chunks and returns the copy there.
+func (c *Blockchain) add(object []byte) []byte {
 	last := len(c.chunks) - 1
 	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
 		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
 		last++
-		// By default as much garbage may pile up as there is chain. A chunk
-		// has no pointers, so collecting earlier costs little: after 32 MB.
-		debug.SetGCPercent(min(100, max(10, 100*(32<<20)/(len(c.chunks)*chunkSize))))
 	}
+	start := len(c.chunks[last])
 	c.chunks[last] = append(append(c.chunks[last], object...), ',')
-	c.head = block
+	return c.chunks[last][start : start+len(object)]
 }
 
-// latest returns the JSON objects of the newest count blocks, or of all if
-// count is 0 or more than there are: pieces that make one text, the objects with
-// commas between them.
+// latest returns the JSON objects of the newest count blocks, or of all blocks if
+// count is 0 or more than there are. The pieces together are one text, with commas
+// between the objects.
 func (c *Blockchain) latest(count int) [][]byte {
 	first, start := 0, 0
 	if count > 0 && count <= c.head.Index {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"math/rand/v2"
 	"os"
@@ -16,8 +17,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+	"unicode"
 )
 
 // golden is a block whose hash jq and sha256sum have found.
@@ -77,7 +80,7 @@ func TestHashCoversEveryField(t *testing.T) {
 
 func TestJSONIsThatOfEncodingJSON(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 8))
-	block := nothing
+	block := beforeGenesis
 	for range 1000 {
 		block = generateBlock(block, int(random.Int64()), golden.Validator, time.Unix(random.Int64N(1<<33), random.Int64N(1e9)))
 		want, err := json.Marshal(block)
@@ -90,45 +93,52 @@ func TestJSONIsThatOfEncodingJSON(t *testing.T) {
 	}
 }
 
+// The error says which block is wrong, why, and with which hashes.
 func TestValidateBlock(t *testing.T) {
-	genesis := generateBlock(nothing, 0, "", time.Now())
+	genesis := generateBlock(beforeGenesis, 0, "", time.Now())
 	block := generateBlock(genesis, 72, golden.Validator, time.Now())
-	if err := validateBlock(genesis, nothing); err != nil {
+	if err := validateBlock(genesis, beforeGenesis); err != nil {
 		t.Errorf("genesis block: %v", err)
 	}
 	if err := validateBlock(block, genesis); err != nil {
 		t.Errorf("block 1: %v", err)
 	}
 	rehash := func(b *Block) { b.Hash = calculateBlockHash(*b) }
+	const noGenesis = "block 0 is no genesis block: that has BPM 0, an empty PrevHash and an empty Validator"
 	for name, test := range map[string]struct {
-		spoil func(b *Block)
-		want  string
+		oldBlock, newBlock Block
+		spoil              func(b *Block)
+		want               string // HASH stands for the hash of the spoilt block
 	}{
-		"same index":      {func(b *Block) { b.Index = 0; rehash(b) }, "its Index is 0, want 1"},
-		"index after":     {func(b *Block) { b.Index = 2; rehash(b) }, "its Index is 2, want 1"},
-		"link":            {func(b *Block) { b.PrevHash = golden.Hash; rehash(b) }, "its PrevHash is"},
-		"no link":         {func(b *Block) { b.PrevHash = ""; rehash(b) }, "its PrevHash is"},
-		"hash":            {func(b *Block) { b.Hash = golden.Hash }, "its Hash is"},
-		"no hash":         {func(b *Block) { b.Hash = "" }, "its Hash is"},
-		"upper-case hash": {func(b *Block) { b.Hash = strings.ToUpper(b.Hash) }, "its Hash is"},
-		"time":            {func(b *Block) { b.Timestamp = golden.Timestamp }, "its Hash is"},
-		"BPM":             {func(b *Block) { b.BPM++ }, "its Hash is"},
-		"validator":       {func(b *Block) { b.Validator = golden.Hash }, "its Hash is"},
+		"same index":  {genesis, block, func(b *Block) { b.Index = 0; rehash(b) }, "block 0 stands where block 1 belongs"},
+		"index after": {genesis, block, func(b *Block) { b.Index = 2; rehash(b) }, "block 2 stands where block 1 belongs"},
+		"link": {genesis, block, func(b *Block) { b.PrevHash = golden.Hash; rehash(b) },
+			"block 1 does not follow: its PrevHash is " + golden.Hash + ", the Hash of block 0 is " + genesis.Hash},
+		"no link": {genesis, block, func(b *Block) { b.PrevHash = ""; rehash(b) },
+			"block 1 does not follow: its PrevHash is empty, the Hash of block 0 is " + genesis.Hash},
+		"hash": {genesis, block, func(b *Block) { b.Hash = golden.Hash },
+			"block 1 was changed: its contents hash to HASH, its Hash says " + golden.Hash},
+		"no hash": {genesis, block, func(b *Block) { b.Hash = "" },
+			"block 1 was changed: its contents hash to HASH, its Hash says nothing"},
+		"upper-case hash": {genesis, block, func(b *Block) { b.Hash = strings.ToUpper(b.Hash) },
+			"block 1 was changed: its contents hash to HASH, its Hash says " + strings.ToUpper(block.Hash)},
+		"time": {genesis, block, func(b *Block) { b.Timestamp = golden.Timestamp },
+			"block 1 was changed: its contents hash to HASH, its Hash says " + block.Hash},
+		"BPM": {genesis, block, func(b *Block) { b.BPM++ },
+			"block 1 was changed: its contents hash to HASH, its Hash says " + block.Hash},
+		"validator": {genesis, block, func(b *Block) { b.Validator = golden.Hash },
+			"block 1 was changed: its contents hash to HASH, its Hash says " + block.Hash},
+		"genesis time": {beforeGenesis, genesis, func(b *Block) { b.Timestamp = golden.Timestamp },
+			"block 0 was changed: its contents hash to HASH, its Hash says " + genesis.Hash},
+		"genesis index":     {beforeGenesis, genesis, func(b *Block) { b.Index = 1; rehash(b) }, "block 1 stands where block 0 belongs"},
+		"genesis BPM":       {beforeGenesis, genesis, func(b *Block) { b.BPM = 1; rehash(b) }, noGenesis},
+		"genesis link":      {beforeGenesis, genesis, func(b *Block) { b.PrevHash = golden.Hash; rehash(b) }, noGenesis},
+		"genesis validator": {beforeGenesis, genesis, func(b *Block) { b.Validator = golden.Validator; rehash(b) }, noGenesis},
 	} {
-		spoilt := block
-		test.spoil(&spoilt)
-		if err := validateBlock(spoilt, genesis); err == nil || !strings.HasPrefix(err.Error(), test.want) {
-			t.Errorf("%s: %v, want %s", name, err, test.want)
-		}
-	}
-	for name, spoil := range map[string]func(b *Block){
-		"BPM":       func(b *Block) { b.BPM = 1; rehash(b) },
-		"validator": func(b *Block) { b.Validator = golden.Validator; rehash(b) },
-	} {
-		spoilt := genesis
-		spoil(&spoilt)
-		if err := validateBlock(spoilt, nothing); err == nil || !strings.HasPrefix(err.Error(), "the genesis block has") {
-			t.Errorf("genesis %s: %v", name, err)
+		test.spoil(&test.newBlock)
+		want := strings.Replace(test.want, "HASH", calculateBlockHash(test.newBlock), 1)
+		if err := validateBlock(test.newBlock, test.oldBlock); err == nil || err.Error() != want {
+			t.Errorf("%s: %v, want %s", name, err, want)
 		}
 	}
 }
@@ -149,7 +159,7 @@ func blocks(t *testing.T, c *Blockchain) (all []Block) {
 	if err := json.Unmarshal([]byte(text), &all); err != nil {
 		t.Fatalf("%v in %.300s", err, text)
 	}
-	last := nothing
+	last := beforeGenesis
 	for _, block := range all {
 		if err := validateBlock(block, last); err != nil {
 			t.Fatalf("block %d: %v", block.Index, err)
@@ -169,7 +179,7 @@ func TestAppendRefuses(t *testing.T) {
 	if err := c.append(block); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.append(block); err == nil || !strings.Contains(err.Error(), "block 1: its Index is 1, want 2") {
+	if err := c.append(block); err == nil || err.Error() != "block 1 stands where block 2 belongs" {
 		t.Errorf("appending twice: %v", err)
 	}
 	if got := blocks(t, c); len(got) != 2 || got[0] != genesis || got[1] != block {
@@ -180,22 +190,22 @@ func TestAppendRefuses(t *testing.T) {
 // latest gives every count of blocks, over the bounds of chunks too, and
 // what it gave stays the same when the chain grows.
 func TestLatest(t *testing.T) {
+	openFast(t)
 	c := newBlockchain(t)
 	var early []string // the text at the time
 	var pieces [][][]byte
-	long := strings.Repeat("v", 10_000) // so that few blocks fill a chunk
-	for len(c.chunks) < 3 {
-		if c.head.Index%50 == 0 {
+	for len(c.chunks) < 5 {
+		if c.head.Index%5 == 0 {
 			pieces = append(pieces, c.latest(0))
 			early = append(early, string(bytes.Join(c.latest(0), nil)))
 		}
-		if err := c.append(generateBlock(c.head, c.head.Index, long, time.Now())); err != nil {
+		if err := c.append(generateBlock(c.head, c.head.Index, golden.Validator, time.Now())); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for i := range early {
 		if text := string(bytes.Join(pieces[i], nil)); text != early[i] {
-			t.Fatalf("the chain of %d blocks has changed", i*50+1)
+			t.Fatalf("the chain of %d blocks has changed", i*5+1)
 		}
 	}
 	all := blocks(t, c)
@@ -227,6 +237,7 @@ func newChainFile(t testing.TB, blocks int) (name string, text []byte) {
 	for c.head.Index < blocks-1 {
 		appendBlock(t, c)
 	}
+	closeChain(c)
 	return name, readFile(t, name)
 }
 
@@ -240,7 +251,15 @@ func open(t testing.TB, name string) *Blockchain {
 	return c
 }
 
-// closeChain lets the chain's file go, as the end of the program does.
+// openCopy opens a copy of the named file, which may be locked.
+func openCopy(t testing.TB, name string) *Blockchain {
+	t.Helper()
+	copied := filepath.Join(t.TempDir(), "copy.jsonl")
+	writeFile(t, copied, readFile(t, name))
+	return open(t, copied)
+}
+
+// closeChain closes the chain's file, as the end of the program does.
 func closeChain(c *Blockchain) {
 	if file, ok := c.file.(io.Closer); ok {
 		file.Close()
@@ -270,8 +289,8 @@ func writeFile(t testing.TB, name string, text []byte) {
 	}
 }
 
-// The file is the blocks that are broadcast, one a line, and read again it is
-// the same chain.
+// The file has the blocks that are broadcast, one a line, and opening it again
+// gives the same chain.
 func TestFileIsTheChain(t *testing.T) {
 	name, _ := newChainFile(t, 1)
 	c := open(t, name)
@@ -281,117 +300,381 @@ func TestFileIsTheChain(t *testing.T) {
 		if want := bytes.Join(objects[:len(objects)-1], []byte(",")); !bytes.Equal(bytes.Join(c.latest(0), nil), want) || len(objects[len(objects)-1]) != 0 {
 			t.Fatalf("the file has %s, the chain %s", want, c.latest(0))
 		}
-		again := open(t, name)
+		again := openCopy(t, name)
 		if fmt.Sprint(blocks(t, again)) != fmt.Sprint(blocks(t, c)) || again.size != c.size {
 			t.Fatalf("the chain read again is %v", again)
 		}
 	}
 }
 
-// Cut off anywhere, as by a crash, the chain goes on from its last whole line.
-func TestFileCutOff(t *testing.T) {
-	name, text := newChainFile(t, 3)
-	for cut := range len(text) + 1 {
-		writeFile(t, name, text[:cut])
-		whole := text[:bytes.LastIndexByte(text[:cut], '\n')+1]
-		var logged bytes.Buffer
-		c, err := openBlockchain(name, log.New(&logged, "", 0))
-		if err != nil {
-			t.Fatalf("cut at %d: %v", cut, err)
-		}
-		warning := ""
-		if torn := cut - len(whole); torn > 0 {
-			warning = fmt.Sprintf("dropped the last %d bytes of %s, a line without its end\n", torn, name)
-		}
-		if logged.String() != warning {
-			t.Fatalf("cut at %d: logged %q, want %q", cut, &logged, warning)
-		}
-		appendBlock(t, c)
-		got := readFile(t, name)
-		want := max(bytes.Count(whole, []byte("\n")), 1) + 1 // there is always a genesis block
-		if !bytes.HasPrefix(got, whole) || len(blocks(t, c)) != want || bytes.Count(got, []byte("\n")) != want {
-			t.Fatalf("cut at %d: the file has %s, want %d blocks", cut, got, want)
-		}
+// openFast makes opening a chain cheap until the end of the test: nothing is synced
+// and little memory is allocated.
+func openFast(t testing.TB) {
+	originalSync, originalSize := fsync, chunkSize
+	t.Cleanup(func() { fsync, chunkSize = originalSync, originalSize })
+	fsync = func(chainFile) error { return nil }
+	chunkSize = 4 << 10
+}
+
+// opens writes text to a new file and opens it. It returns the bytes in the file
+// thereafter, what was logged with the file's name left out, and the error.
+func opens(t *testing.T, name string, text []byte) (after []byte, logged string, err error) {
+	t.Helper()
+	writeFile(t, name, text)
+	var buffer bytes.Buffer
+	c, err := openBlockchain(name, log.New(&buffer, "", 0))
+	if err == nil {
+		blocks(t, c)
 		closeChain(c)
 	}
-	// However long what was cut off is, and whatever is in it.
-	for _, torn := range [][]byte{make([]byte, 1<<20), bytes.Repeat([]byte("x"), 64<<10), text[:100]} {
-		writeFile(t, name, append(bytes.Clone(text), torn...))
-		if c := open(t, name); c.size != int64(len(text)) || !bytes.Equal(readFile(t, name), text) {
-			t.Fatalf("with %d bytes after it the chain has %d bytes, want %d", len(torn), c.size, len(text))
+	return readFile(t, name), strings.ReplaceAll(buffer.String(), name, "FILE"), err
+}
+
+// wantTorn checks that opening a file with the chain's text and a torn line after
+// it drops the line with a warning, and adds a genesis block if nothing else is left.
+func wantTorn(t *testing.T, name string, chain, torn []byte) {
+	t.Helper()
+	after, logged, err := opens(t, name, slices.Concat(chain, torn))
+	if err != nil {
+		t.Fatalf("with a torn line %q: %v", torn, err)
+	}
+	if !bytes.HasPrefix(after, chain) || bytes.Count(after, []byte("\n")) != max(bytes.Count(chain, []byte("\n")), 1) || after[len(after)-1] != '\n' {
+		t.Fatalf("with a torn line %q the file became %q", torn, after)
+	}
+	want := fmt.Sprintf("FILE: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced\n", len(torn))
+	if len(torn) == 0 {
+		want = ""
+	}
+	if logged != want {
+		t.Fatalf("with a torn line %q: logged %q, want %q", torn, logged, want)
+	}
+}
+
+// wantRefused checks that a file is refused with a reason that begins with want,
+// without a word in the log, and left as it is.
+func wantRefused(t *testing.T, name string, text []byte, want string) {
+	t.Helper()
+	after, logged, err := opens(t, name, text)
+	if err == nil {
+		t.Fatalf("accepted: %.1000q", text)
+	}
+	if !strings.HasPrefix(err.Error(), want) || len(err.Error()) > 1000 || strings.ContainsFunc(err.Error(), unicode.IsControl) {
+		t.Fatalf("refused with %.2000q, want %q", err, want)
+	}
+	if logged != "" {
+		t.Fatalf("logged %q", logged)
+	}
+	if !bytes.Equal(after, text) {
+		t.Fatalf("the file was changed to %.1000q", after)
+	}
+}
+
+// A last line that a crash has cut short anywhere, or whose pages did not all reach
+// the disk, is dropped.
+func TestFileCutOff(t *testing.T) {
+	openFast(t)
+	name, text := newChainFile(t, 3)
+	lines := bytes.SplitAfter(text, []byte("\n"))
+	for _, count := range []int{0, 2} {
+		chain, line := bytes.Join(lines[:count], nil), lines[count]
+		for cut := range line {
+			wantTorn(t, name, chain, line[:cut])
+			for _, zeros := range []int{1, len(line) - cut, maxBlock - cut} {
+				torn := append(bytes.Clone(line[:cut]), make([]byte, zeros)...)
+				wantTorn(t, name, chain, torn)
+				wantTorn(t, name, chain, append(torn, '\n'))
+			}
+			// The first page never reached the disk, the second one did.
+			torn := append(make([]byte, cut), line[cut:]...)
+			if cut > 0 && cut <= len(line)-len("\"}\n") {
+				wantTorn(t, name, chain, torn)
+			} else if cut > 0 { // one that does not end as a block does
+				torn = append(torn[:len(torn)-1], "x\n"...)
+				wantRefused(t, name, slices.Concat(chain, torn), fmt.Sprintf("line %d: ", count+1))
+			}
+			if start := strings.Index(string(line), `:"`) + 2; cut > start {
+				torn := bytes.Clone(line) // a page in the middle never reached the disk
+				clear(torn[start:cut])
+				wantTorn(t, name, chain, torn)
+			}
 		}
 	}
 }
 
-// A file with any byte changed is refused, with the number of the line, and left as it is.
-func TestFileDamaged(t *testing.T) {
+// A file that is no chain, nor could be the beginning of one, is refused.
+func TestFileIsNoChain(t *testing.T) {
+	openFast(t)
 	name, text := newChainFile(t, 3)
-	refused := func(damaged []byte, line int) {
-		t.Helper()
-		writeFile(t, name, damaged)
-		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
-		if err == nil {
-			closeChain(c)
-			t.Fatalf("accepted: %q", damaged)
+	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
+	zeros := make([]byte, maxBlock+1)
+	start := `{"Index":3,"Timestamp":"`
+	for _, test := range []struct {
+		chain []byte
+		tail  string
+		want  string
+	}{
+		{nil, `{"precious":1}`, `line 1: it has no {"Index": and is no block: "{\"precious\":1}"`},
+		{nil, "{\"precious\":1}\n", `line 1: it has no {"Index": and is no block: "{\"precious\":1}"`},
+		{nil, `[{"Index":0,"Timestamp":"`, `line 1: it has no ","BPM": and is no block: "[{\"Index\":0`},
+		{nil, "hello", `line 1: it has no {"Index": and is no block: "hello"`},
+		{nil, "\n", "line 1: it is empty"},
+		{nil, strings.Repeat("x", 3<<20), `line 1: it has no {"Index": and is no block: "` + strings.Repeat("x", 64) + `"`},
+		{nil, start[:10] + strings.Repeat("\x00", 3<<20), `line 1: it has no ,"Timestamp":" and is no block: "{\"Index\":3`},
+		{nil, "\x7fELF\x02\x01\x01" + string(zeros[:9]), `line 1: it has no {"Index": and is no block: "\x7fELF`},
+		{nil, string(zeros), `line 1: it has no {"Index": and is no block: "\x00\x00`},
+		{nil, string(zeros) + "\n", `line 1: it has no {"Index": and is no block: "\x00\x00`},
+		{nil, "\x00x", "line 1: "},
+		{nil, "\x00x\n", "line 1: "},
+		{nil, "\x00\n\n", "line 1: "},
+		{nil, "\x00\"}\n", "line 1: "},
+		{nil, "\x00\r\n", "line 1: "},
+		{nil, start, "line 1: "}, // another block's index
+		{nil, `{"Index":00`, "line 1: "},
+		{nil, "{\n", "line 1: "},
+		{nil, "{ ", "line 1: "},
+		{nil, "{\x00 ", "line 1: "},
+		{nil, "{\x00\x00}", "line 1: "},
+		{text, "\n", "line 4: it is empty"},
+		{text, " \n", "line 4: "},
+		{text, " ", "line 4: "},
+		{text, `{"Index":2,"Timestamp":"`, "line 4: "},
+		{text, `{"Index":4,"Timestamp":"`, "line 4: "},
+		{text, `{"Index":33`, "line 4: "},
+		{text, string(lines[2]), "line 4: block 2 stands where block 3 belongs"},
+		{text, string(lines[2][:len(lines[2])-1]), "line 4: block 2 stands where block 3 belongs"},
+		{text, start + "\n", "line 4: "},
+		{text, start + strings.Repeat("x", maxBlock+1-len(start)), "line 4: "},
+		{text, start + strings.Repeat("x", maxBlock+1-len(start)) + "\x00\n", "line 4: "},
+		{text, start + "2\x00\n\n", "line 4: "}, // not the last line
+		{text, start + "2\x00\n" + start, "line 4: "},
+		{text, string(zeros[:9]) + `4,"Timestamp":"` + "\"}\n", "line 4: "},
+		{text, string(zeros[:9]) + `3,"Timestamp":"` + "\"}", "line 4: "},
+		{text, string(zeros[:9]) + `3,"Timestamp":"` + "x}\n", "line 4: "},
+		{text, string(zeros[:len(start)-1]) + "x\"}\n", "line 4: "},
+		{text[:len(text)-1], string(lines[2]), "line 3: "}, // two objects in a line
+	} {
+		wantRefused(t, name, append(bytes.Clone(test.chain), test.tail...), test.want)
+	}
+	// The limits of what may be torn.
+	wantTorn(t, name, text, []byte(start+strings.Repeat("x", maxBlock-len(start))))
+	wantTorn(t, name, text, []byte(start+strings.Repeat("x", maxBlock-1-len(start))+"\x00\n"))
+	wantTorn(t, name, text, append(zeros[:len(start)-1:len(start)-1], "\"\"}\n"...))
+	wantTorn(t, name, text, append(zeros[:len(start):len(start)], "\"}\n"...))
+	wantTorn(t, name, nil, zeros[:maxBlock])
+	wantTorn(t, name, nil, append(zeros[:maxBlock:maxBlock], '\n'))
+}
+
+// mayBeTorn is the rule for torn lines, tried with every beginning of a block.
+func mayBeTorn(line []byte, index int) bool {
+	text := strings.TrimSuffix(string(line), "\n")
+	if len(text) > 384 || len(text) < len(line) && !strings.Contains(text, "\x00") {
+		return false
+	}
+	start := fmt.Sprintf(`{"Index":%d,"Timestamp":"`, index)
+	if strings.HasPrefix(text, start) {
+		return true
+	}
+	for n := range start {
+		if text == start[:n]+strings.Repeat("\x00", max(len(text)-n, 0)) {
+			return true
 		}
-		if want := fmt.Sprintf("%s, line %d: ", name, line); !strings.HasPrefix(err.Error(), want) {
-			t.Fatalf("%v, want %s", err, want)
-		}
-		if got := readFile(t, name); !bytes.Equal(got, damaged) {
-			t.Fatalf("the file was changed to %q", got)
+		missing := n + 1 // bytes of start
+		if len(text) < len(line) && len(text) >= len(start) && strings.HasSuffix(text, `"}`) &&
+			text[:len(start)] == strings.Repeat("\x00", missing)+start[missing:] {
+			return true
 		}
 	}
-	for i := range text[:len(text)-1] {
+	return false
+}
+
+// A file with any byte changed is refused, with the number of the line, and left
+// as it is, unless the change makes the last line a torn one.
+func TestFileDamaged(t *testing.T) {
+	openFast(t)
+	name, text := newChainFile(t, 3)
+	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
+	last := len(text) - len(lines[2])
+	torn := 0
+	for i := range text {
 		for _, with := range []byte{text[i] ^ 1, text[i] ^ 0x20, text[i] ^ 0x80, '\n', 0} {
 			if with == text[i] {
 				continue
 			}
 			damaged := bytes.Clone(text)
 			damaged[i] = with
-			refused(damaged, 1+bytes.Count(text[:i], []byte("\n")))
+			if i >= last && !bytes.Contains(damaged[last:len(text)-1], []byte("\n")) && mayBeTorn(damaged[last:], 2) {
+				wantTorn(t, name, text[:last], damaged[last:])
+				torn++
+			} else {
+				wantRefused(t, name, damaged, fmt.Sprintf("line %d: ", 1+bytes.Count(text[:i], []byte("\n"))))
+			}
 		}
 	}
+	// A zero byte at the beginning or in a value, and another byte for the last newline.
+	if want := 1 + len(lines[2]) - len(`{"Index":2,"Timestamp":"`) + 3; torn != want {
+		t.Errorf("%d changes made the last line a torn one, want %d", torn, want)
+	}
 
-	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
-	join := func(lines ...[]byte) []byte { return bytes.Join(lines, nil) }
-	refused(join(lines[0], lines[2]), 2)
-	refused(join(lines[1], lines[2]), 1)
-	refused(join(lines[0], lines[0]), 2)
-	refused(join(lines[0], []byte("\n"), lines[1]), 2)
-	refused(join(text, []byte("\n")), 4)
-	refused(join(text, []byte(" \n")), 4)
-	refused(join(lines[0], bytes.Repeat([]byte("x"), 1<<20), []byte("\n")), 2)
-	refused(join(lines[0], make([]byte, 64<<10), lines[1]), 2)
+	refused := func(want string, damaged ...[]byte) {
+		t.Helper()
+		wantRefused(t, name, bytes.Join(damaged, nil), want)
+	}
+	refused("line 2: block 2 stands where block 1 belongs", lines[0], lines[2])
+	refused("line 1: block 1 stands where block 0 belongs", lines[1], lines[2])
+	refused("line 2: block 0 stands where block 1 belongs", lines[0], lines[0])
+	refused("line 2: it is empty", lines[0], []byte("\n"), lines[1])
+	refused(`line 2: it has no {"Index": and is no block: "xxxx`, lines[0], bytes.Repeat([]byte("x"), 1<<20), []byte("\n"))
+	refused(`line 2: it has no {"Index": and is no block: "\x00`, lines[0], make([]byte, 100), []byte("\n"), lines[1])
+	_, other := newChainFile(t, 2)
+	refused("line 2: block 1 does not follow: its PrevHash is ", lines[0], other[bytes.IndexByte(other, '\n')+1:])
 
 	// The hash of these is right, but they are not what the server would write.
 	object := string(bytes.TrimSpace(lines[0]))
 	timestamp := object[strings.Index(object, `"Timestamp"`):strings.Index(object, `,"BPM"`)]
-	for _, other := range []string{
-		strings.Replace(object, ",", ", ", 1),
-		object + " ",
-		object + "\r",
-		" " + object,
-		strings.Replace(object, "Index", "index", 1),
-		strings.Replace(object, `"BPM":0`, `"BPM":-0`, 1),
-		strings.Replace(object, `"BPM":0`, `"BPM":00`, 1),
-		strings.Replace(object, `"Index":0`, `"Index":+0`, 1),
-		strings.Replace(object, `"BPM":0`, `"BPM":0,"More":1`, 1),
-		strings.Replace(object, `"Index":0,`+timestamp, timestamp+`,"Index":0`, 1),
-		strings.Replace(object, "}", `,"Validator":""}`, 1),
-		object + object,
+	for _, test := range [][2]string{
+		{strings.Replace(object, ",", ", ", 1), `it has no ,"Timestamp":" and is no block: "{\"Index\":0, \"Timestamp\":\"`},
+		{object + " ", "it should read " + object},
+		{object + "\r", "it should read " + object},
+		{" " + object, "it should read " + object},
+		{strings.Replace(object, "Index", "index", 1), `it has no {"Index": and is no block: "{\"index\":0,`},
+		{strings.Replace(object, `"BPM":0`, `"BPM":-0`, 1), "it should read " + object},
+		{strings.Replace(object, `"BPM":0`, `"BPM":00`, 1), "it should read " + object},
+		{strings.Replace(object, `"Index":0`, `"Index":+0`, 1), "it should read " + object},
+		{strings.Replace(object, `"BPM":0`, `"BPM":0,"More":1`, 1), `its BPM is no whole number: "0,\"More\":1"`},
+		{strings.Replace(object, `"BPM":0`, `"BPM":0.5`, 1), `its BPM is no whole number: "0.5"`},
+		{strings.Replace(object, `"Index":0`, `"Index":`+strings.Repeat("\x1b", 100), 1), `its Index is no whole number: "` + strings.Repeat(`\x1b`, 64) + `"`},
+		{strings.Replace(object, `"Index":0,`+timestamp, timestamp+`,"Index":0`, 1), `it has no {"Index": and is no block: `},
+		{strings.Replace(object, "}", `,"Validator":""}`, 1), `its Validator is not at most 64 letters, digits, or any of :.+- but "\",\"Validator\":\""`},
+		{object + object, "it should read " + object},
+		{strings.TrimSuffix(object, "}"), `it has no "} and is no block: "{\"Index\":0,`},
 	} {
-		refused([]byte(other+"\n"), 1)
+		refused("line 1: "+test[1], []byte(test[0]+"\n"))
 	}
 	genesis, err := parseBlock(object)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, other := range []string{"\x1b[2J", `\u0041`, "é", `"`, "<"} {
-		first := Block{Timestamp: other}
+	for _, value := range []string{"\x1b[2J", `\u0041`, "é", `"`, "<", "/", ";", "@", "[", "`", "{", strings.Repeat("a", 65)} {
+		want := " is not at most 64 letters, digits, or any of :.+- but " + strconv.Quote(value[:min(len(value), 64)])
+		first := Block{Timestamp: value}
 		first.Hash = calculateBlockHash(first)
-		refused(append(first.appendJSON(nil), '\n'), 1)
-		second := generateBlock(genesis, 0, other, time.Now())
-		refused(join(lines[0], second.appendJSON(nil), []byte("\n")), 2)
+		refused("line 1: its Timestamp"+want, first.appendJSON(nil), []byte("\n"))
+		second := generateBlock(genesis, 0, value, time.Now())
+		refused("line 2: its Validator"+want, lines[0], second.appendJSON(nil), []byte("\n"))
+		refused("line 2: its Hash"+want, lines[0], Block{Hash: value}.appendJSON(nil), []byte("\n"))
+		refused("line 2: its PrevHash"+want, lines[0], Block{PrevHash: value}.appendJSON(nil), []byte("\n"))
+	}
+}
+
+// A file that another server uses is refused, whatever its name, and left as it is.
+func TestFileInUse(t *testing.T) {
+	name, text := newChainFile(t, 2)
+	c := open(t, name)
+	if err := os.Symlink(name, name+"-link"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{name, name + "-link"} {
+		wantRefused(t, name, text, "another server uses it; give each its own")
+		// Not even a line that it would drop otherwise: the server may be writing it.
+		wantRefused(t, name, append(bytes.Clone(text), "{"...), "another server uses it; give each its own")
+	}
+	writeFile(t, name, text)
+	appendBlock(t, c)
+	closeChain(c)
+	open(t, name)
+}
+
+// recordSyncs records until the end of the test what is synced: the base name, and
+// of a file the number of whole lines in it at the time.
+func recordSyncs(t *testing.T) *[]string {
+	recorded, original := new([]string), fsync
+	t.Cleanup(func() { fsync = original })
+	fsync = func(file chainFile) error {
+		what := filepath.Base(file.Name())
+		if info, err := file.Stat(); err != nil || !info.IsDir() {
+			what = fmt.Sprintf("%s with %d lines", what, bytes.Count(readFile(t, file.Name()), []byte("\n")))
+		}
+		*recorded = append(*recorded, what)
+		return original(file)
+	}
+	return recorded
+}
+
+// Every start syncs the file, whose last block may not have been, and its directory.
+func TestOpenSyncs(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "dir")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, "chain.jsonl")
+	synced := recordSyncs(t)
+	want := func(want ...string) {
+		t.Helper()
+		if !slices.Equal(*synced, want) {
+			t.Errorf("synced %q, want %q", *synced, want)
+		}
+		*synced = nil
+	}
+	c := open(t, name)
+	want("chain.jsonl with 1 lines", "dir")
+	appendBlock(t, c)
+	want("chain.jsonl with 2 lines")
+	closeChain(c)
+	closeChain(open(t, name))
+	want("chain.jsonl with 2 lines", "dir")
+	writeFile(t, name, append(readFile(t, name), "{"...))
+	closeChain(open(t, name))
+	want("chain.jsonl with 2 lines", "dir")
+	if text := readFile(t, name); text[len(text)-1] != '\n' {
+		t.Errorf("the file ends with %q", text[len(text)-10:])
+	}
+}
+
+// A sync that fails at the start stops it, except that of a directory where the
+// system cannot sync directories.
+func TestOpenSyncFails(t *testing.T) {
+	original := fsync
+	t.Cleanup(func() { fsync = original })
+	var failing string
+	var fault error
+	fsync = func(file chainFile) error {
+		if filepath.Base(file.Name()) == failing {
+			return &fs.PathError{Op: "sync", Path: failing, Err: fault}
+		}
+		return original(file)
+	}
+	for _, test := range []struct {
+		failing string
+		fault   error
+		fails   bool
+	}{
+		{"chain.jsonl", syscall.EIO, true},
+		{"chain.jsonl", syscall.EINVAL, true},
+		{"dir", syscall.EIO, true},
+		{"dir", syscall.EINVAL, false},
+		{"dir", syscall.ENOTSUP, false},
+		{"dir", errors.ErrUnsupported, false},
+	} {
+		dir := filepath.Join(t.TempDir(), "dir")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		name := filepath.Join(dir, "chain.jsonl")
+		for _, file := range []string{"new", "old"} {
+			failing, fault = test.failing, test.fault
+			c, err := openBlockchain(name, log.New(io.Discard, "", 0))
+			if err == nil {
+				closeChain(c)
+			}
+			if test.fails != errors.Is(err, test.fault) || !test.fails && err != nil {
+				t.Errorf("%s file, syncing %s fails with %v: %v", file, test.failing, test.fault, err)
+			}
+			failing = ""
+			closeChain(open(t, name))
+		}
+	}
+	if err := syncDir(filepath.Join(t.TempDir(), "unreadable")); err != nil {
+		t.Errorf("a directory that cannot be opened: %v", err)
 	}
 }
 
@@ -407,10 +690,18 @@ func (f *hookedFile) Sync() error { return f.sync() }
 type failingFile struct {
 	*os.File
 	write, sync, truncate error
-	written               int // of what a failing write is given
+	written               int             // bytes that a failing write writes all the same
+	touched               func(by string) // called by each of the three if not nil
+}
+
+func (f *failingFile) touch(by string) {
+	if f.touched != nil {
+		f.touched(by)
+	}
 }
 
 func (f *failingFile) Write(p []byte) (int, error) {
+	f.touch("Write")
 	if f.write != nil {
 		n, _ := f.File.Write(p[:f.written])
 		return n, f.write
@@ -419,6 +710,7 @@ func (f *failingFile) Write(p []byte) (int, error) {
 }
 
 func (f *failingFile) Sync() error {
+	f.touch("Sync")
 	if f.sync != nil {
 		return f.sync
 	}
@@ -426,6 +718,7 @@ func (f *failingFile) Sync() error {
 }
 
 func (f *failingFile) Truncate(size int64) error {
+	f.touch("Truncate")
 	if f.truncate != nil {
 		return f.truncate
 	}
@@ -458,7 +751,7 @@ func TestWriteFails(t *testing.T) {
 			}
 			fails = failingFile{File: fails.File}
 			appendBlock(t, c)
-			if again := open(t, file); again.head != c.head || len(blocks(t, again)) != 3 {
+			if again := openCopy(t, file); again.head != c.head || len(blocks(t, again)) != 3 {
 				t.Errorf("the chain read again ends with %v, want %v", again.head, c.head)
 			}
 
@@ -467,32 +760,47 @@ func TestWriteFails(t *testing.T) {
 			if !errors.Is(err, errChainLost) || !errors.Is(err, full) || !errors.Is(err, fails.truncate) {
 				t.Errorf("append: %v, want all three errors", err)
 			}
+			if want := "the chain cannot go on: writing a block failed (no space left on device), " +
+				"and so did removing what was written of it (input/output error)"; err.Error() != want {
+				t.Errorf("append: %v, want %s", err, want)
+			}
 		})
 	}
 }
 
-// A file that something else has touched is left as it is.
+// A file that something else has touched is left as it is, under its name and any
+// other, and the error says what has happened to it.
 func TestFileIsLost(t *testing.T) {
 	for name, test := range map[string]struct {
 		touch func(t *testing.T, file string, text []byte)
-		want  string
+		want  string // FILE stands for the file's name, SIZE for its size before
 	}{
-		"deleted": {func(t *testing.T, file string, text []byte) { os.Remove(file) }, "no such file"},
+		"deleted": {func(t *testing.T, file string, text []byte) { os.Remove(file) },
+			"FILE was deleted while the server ran"},
 		"replaced by a copy": {func(t *testing.T, file string, text []byte) {
 			writeFile(t, file+"~", text)
 			os.Rename(file+"~", file)
-		}, "was replaced by another file"},
-		"written to": {func(t *testing.T, file string, text []byte) { writeFile(t, file, append(text, text...)) }, "something else has written to it"},
-		"cut":        {func(t *testing.T, file string, text []byte) { os.Truncate(file, 10) }, "something else has written to it"},
+		}, "FILE was replaced by another file while the server ran"},
+		"replaced by a link to itself": {func(t *testing.T, file string, text []byte) {
+			os.Remove(file)
+			os.Symlink(file, file)
+		}, "stat FILE: too many levels of symbolic links"},
+		"longer": {func(t *testing.T, file string, text []byte) { writeFile(t, file, append(text, '\n')) },
+			"FILE was made longer by something else while the server ran: from SIZE to SIZE+1 bytes"},
+		"shorter": {func(t *testing.T, file string, text []byte) { os.Truncate(file, 10) },
+			"FILE was made shorter by something else while the server ran: from SIZE to 10 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file, text := newChainFile(t, 2)
 			c := open(t, file)
-			test.touch(t, file, text)
+			c.file = &failingFile{File: c.file.(*os.File), touched: func(by string) { t.Errorf("the lost file was touched by %s", by) }}
+			test.touch(t, file, bytes.Clone(text))
 			touched, _ := os.ReadFile(file)
 			err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
-			if !errors.Is(err, errChainLost) || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("append: %v, want %s", err, test.want)
+			want := strings.NewReplacer("FILE", file, "SIZE+1", strconv.Itoa(len(text)+1), "SIZE", strconv.Itoa(len(text))).Replace(
+				"the chain cannot go on: " + test.want)
+			if !errors.Is(err, errChainLost) || err.Error() != want {
+				t.Errorf("append: %v, want %s", err, want)
 			}
 			if left, _ := os.ReadFile(file); !bytes.Equal(left, touched) || len(blocks(t, c)) != 2 {
 				t.Errorf("the file has %q, want %q as before", left, touched)
@@ -503,45 +811,94 @@ func TestFileIsLost(t *testing.T) {
 
 func TestFileCannotBeUsed(t *testing.T) {
 	dir := t.TempDir()
-	names := []string{dir, filepath.Join(dir, "none", "chain.jsonl"), os.DevNull}
-	if fifo := filepath.Join(dir, "fifo"); exec.Command("mkfifo", fifo).Run() == nil {
-		names = append(names, fifo) // reading it would never end
+	tests := map[string]string{
+		dir: "open " + dir + ": is a directory",
+		filepath.Join(dir, "none", "chain.jsonl"): "open " + filepath.Join(dir, "none", "chain.jsonl") + ": no such file or directory",
+		os.DevNull: "it is not a regular file",
 	}
-	for _, name := range names {
+	if fifo := filepath.Join(dir, "fifo"); exec.Command("mkfifo", fifo).Run() == nil {
+		tests[fifo] = "it is not a regular file" // reading it would never end
+	}
+	for name, want := range tests {
 		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
 		if err == nil {
 			closeChain(c)
 			t.Errorf("%s was taken for a chain", name)
-		} else if !strings.Contains(err.Error(), name) {
-			t.Errorf("%v does not name %s", err, name)
+		} else if err.Error() != want {
+			t.Errorf("%s: %v, want %s", name, err, want)
 		}
 	}
 }
 
-// Whatever is in the file, opening it either gives the chain of its whole lines
-// or refuses and leaves it as it is.
+// A file that can be opened but not read is refused.
+func TestFileCannotBeRead(t *testing.T) {
+	name, text := newChainFile(t, 2)
+	file, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	c := &Blockchain{head: beforeGenesis}
+	if err := c.load(file, log.New(io.Discard, "", 0)); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("load: %v, want %v", err, syscall.EBADF)
+	}
+	if !bytes.Equal(readFile(t, name), text) {
+		t.Error("the file has changed")
+	}
+}
+
+// wantOpened returns how many bytes of text are blocks, and whether a file with it
+// can be opened. It checks the lines with encoding/json.
+func wantOpened(text []byte) (size int, ok bool) {
+	last := beforeGenesis
+	for len(text) > size {
+		line := text[size:]
+		if end := bytes.IndexByte(line, '\n'); end >= 0 {
+			line = line[:end+1]
+		}
+		if size+len(line) == len(text) && mayBeTorn(line, last.Index+1) {
+			break
+		}
+		var block Block
+		if err := json.Unmarshal(line, &block); err != nil || validateBlock(block, last) != nil {
+			return 0, false
+		}
+		if again, err := json.Marshal(block); err != nil || string(again)+"\n" != string(line) {
+			return 0, false
+		}
+		last = block
+		size += len(line)
+	}
+	return size, true
+}
+
+// Whatever is in the file, opening it either gives the chain of its valid lines
+// without a torn last one, or refuses the file and leaves it as it is.
 func FuzzOpen(f *testing.F) {
+	openFast(f)
 	name, text := newChainFile(f, 3)
 	f.Add(text)
 	f.Add(text[:len(text)-1])
 	f.Add(text[:200])
+	f.Add([]byte(`{"precious":1}`))
+	f.Add(append(bytes.Clone(text), `{"Index":3,"Times`+"\x00\x00\n"...))
+	f.Add(append(make([]byte, 5), text[5:bytes.IndexByte(text, '\n')+1]...))
 	f.Add(bytes.Replace(text, []byte(`"BPM":72`), []byte(`"BPM":73`), 1))
 	f.Add([]byte("\n"))
+	f.Add(make([]byte, 100))
 	f.Add(make([]byte, 1000))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		writeFile(t, name, text)
-		c, err := openBlockchain(name, log.New(io.Discard, "", 0))
-		got := readFile(t, name)
-		if err != nil {
-			if !bytes.Equal(got, text) {
-				t.Fatalf("refused with %v and changed to %q", err, got)
-			}
-			return
-		}
-		defer closeChain(c)
-		whole := text[:bytes.LastIndexByte(text, '\n')+1]
-		if len(whole) > 0 && !bytes.Equal(got, whole) || len(blocks(t, c)) != bytes.Count(got, []byte("\n")) {
-			t.Fatalf("taken for %q", got)
+		after, _, err := opens(t, name, text)
+		size, ok := wantOpened(text)
+		switch {
+		case ok != (err == nil):
+			t.Fatalf("%q: %v", text, err)
+		case !ok && !bytes.Equal(after, text):
+			t.Fatalf("refused with %v and changed to %q", err, after)
+		case ok && size > 0 && !bytes.Equal(after, text[:size]):
+			t.Fatalf("%q was taken for %q", text, after)
+		case ok && size == 0 && bytes.Count(after, []byte("\n")) != 1:
+			t.Fatalf("%q became %q", text, after)
 		}
 	})
 }
@@ -557,7 +914,7 @@ func newLongChainFile(b *testing.B, blocks int) (name string, size int) {
 	}
 	defer file.Close()
 	w := bufio.NewWriter(file)
-	block := generateBlock(nothing, 0, "", time.Unix(0, 0))
+	block := generateBlock(beforeGenesis, 0, "", time.Unix(0, 0))
 	for range blocks {
 		n, _ := w.Write(append(block.appendJSON(nil), '\n'))
 		size += n

@@ -266,7 +266,7 @@ func TestClockIsSet(t *testing.T) {
 		l.pickWinner(time.Now(), heard)
 		l.propose(v, 73)
 		l.pickWinner(time.Now(), heard)
-		if again := blocks(t, open(t, name)); len(again) != 3 || len(heard.winners) != 2 {
+		if again := blocks(t, openCopy(t, name)); len(again) != 3 || len(heard.winners) != 2 {
 			t.Errorf("with the clock set by %v: %d blocks, want 3", by, len(again))
 		}
 	}

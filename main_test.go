@@ -257,7 +257,7 @@ func TestRestart(t *testing.T) {
 	writeFile(t, file, text)
 	cmd := program(t, "PORT=0", "CHAIN_FILE="+file)
 	out, _ := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "cannot use \""+file+"\" for CHAIN_FILE: "+file+", line 3: its Hash is ") || bytes.Count(out, []byte("\n")) != 1 {
+	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "cannot use \""+file+"\" for CHAIN_FILE: line 3: block 2 was changed: its contents hash to ") || bytes.Count(out, []byte("\n")) != 1 {
 		t.Errorf("with a damaged file: %v, %s", cmd.ProcessState, out)
 	}
 	if !bytes.Equal(readFile(t, file), text) {
