@@ -816,32 +816,45 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 	}
 }
 
-// While clients take what they are told, even somewhat late, few goroutines tell
-// them; and never are there more than clients, one of them stuck with each.
-func TestFewGoroutinesTell(t *testing.T) {
+// A fan out has as many workers as there are processors, twice as many after fanOutStep
+// and so on, but never more than clients, since each can block one.
+func TestFanOutWorkers(t *testing.T) {
+	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
+		after   time.Duration
 		want    int
 	}{
-		{400, fanOutStep / 500, runtime.GOMAXPROCS(0)},
-		{3, 9 * time.Second, 3},
+		{400, time.Millisecond, fanOutStep / 2, processors},
+		{400, 9 * time.Second, fanOutStep / 2, processors},
+		{400, 9 * time.Second, fanOutStep * 3 / 2, 2 * processors},
+		{400, 9 * time.Second, fanOutStep * 5 / 2, 4 * processors},
+		{3, 9 * time.Second, fanOutStep * 5 / 2, 3},
+		{processors - 1, 9 * time.Second, fanOutStep / 2, processors - 1},
 	} {
 		testWorld(t, func(w *world) {
 			for range test.clients {
 				w.joinLate(test.late)
 			}
-			before, most := runtime.NumGoroutine(), 0
-			var telling sync.WaitGroup
-			telling.Go(func() { w.server.announce(new(validator), 0) })
-			for range 100 {
-				most = max(most, runtime.NumGoroutine()-before-1) // without the one just above
-				time.Sleep(fanOutStep / 10)
+			before := runtime.NumGoroutine()
+			done := make(chan struct{})
+			go func() {
+				w.server.announce(new(validator), 0)
+				close(done)
+			}()
+			w.advance(test.after)
+			workers := runtime.NumGoroutine() - before
+			select {
+			case <-done:
+			default:
+				workers-- // which is the goroutine above
 			}
-			telling.Wait()
-			if most > test.want {
-				t.Errorf("%d goroutines tell %d clients, want at most %d", most, test.clients, test.want)
+			if workers != test.want {
+				t.Errorf("%d clients that are %v late: %d workers after %v, want %d", test.clients, test.late, workers, test.after, test.want)
 			}
+			<-done
+			w.stop()
 			w.advance(test.late)
 		})
 	}
