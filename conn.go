@@ -39,12 +39,13 @@ const (
 	// reads slowly can have the kernel hold megabytes.
 	socketBuffer = 64 << 10
 
-	balanceLimit = 10 * time.Minute      // from connecting to a token balance
-	stallChecks  = 10                    // in a row without a byte taken end a connection
-	stallCheck   = time.Second           // between two checks
-	fanOutStep   = 25 * time.Millisecond // until the workers of a fan-out are doubled
-	lingerLimit  = time.Second           // from the last line to the reset
-	stopLimit    = 2 * time.Second       // from the stop to the reset of connections that are still being written to
+	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
+	stallChecks   = 10                     // in a row without a byte taken end a connection
+	stallCheck    = time.Second            // between two checks
+	announceStep  = 25 * time.Millisecond  // until the workers that announce a draw are doubled
+	broadcastStep = 500 * time.Millisecond // the same for a broadcast of the chain, which is longer
+	lingerLimit   = time.Second            // from the last line to the reset
+	stopLimit     = 2 * time.Second        // from the stop to the reset of connections that are still being written to
 )
 
 var (
@@ -299,67 +300,69 @@ func (s *server) announce(winner *validator, tokens int64) {
 			winner.address, you, winner.stake, tokens, bpmPrompt)}}
 	}
 	toAll, toWinner := text(""), text(" (you)")
-	s.fanOut(func(c *client) *message {
+	s.flushAll(announceStep, s.enqueueAll(func(c *client) *message {
 		if c.validator == winner {
 			return toWinner
 		}
 		return toAll
-	})
+	}))
 }
 
-// broadcast sends the chain to all validators.
+// broadcast sends the chain to all validators. It does not wait until it is written.
 func (s *server) broadcast(chain [][]byte) {
 	m := &message{
 		pieces:  slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)}),
 		isChain: true,
 	}
-	s.fanOut(func(*client) *message { return m })
+	go s.flushAll(broadcastStep, s.enqueueAll(func(*client) *message { return m }))
 }
 
-// fanOut enqueues a message for every validator. When it returns, each message has
-// been written, is being written, or waits for an earlier one to the same client.
-//
-// A few workers write, since the stacks of ten thousand goroutines would stay with
-// the process. A client that takes nothing blocks its worker, so every fanOutStep
-// there are twice as many, at most one for each client: after half a second there
-// are enough for a million clients that block.
-func (s *server) fanOut(messageFor func(c *client) *message) {
+// enqueueAll enqueues a message for every validator, without waiting, and returns
+// their clients.
+func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*client) {
 	s.mu.Lock()
-	validators := make([]*client, 0, len(s.clients))
+	defer s.mu.Unlock()
+	validators = make([]*client, 0, len(s.clients))
 	for _, c := range s.clients {
 		if c.validator != nil {
+			c.enqueue(messageFor(c))
 			validators = append(validators, c)
 		}
 	}
-	s.mu.Unlock()
-	if len(validators) == 0 {
+	return validators
+}
+
+// flushAll writes what is queued for the clients. When it returns, everything is written
+// or being written, so that draws are no faster than their announcements.
+//
+// A few workers write, since the stacks of ten thousand goroutines would stay with
+// the process. A client that takes nothing blocks its worker, so after every step
+// there are twice as many, up to one for each client: 13 steps are enough if 10,000
+// clients block.
+func (s *server) flushAll(step time.Duration, clients []*client) {
+	if len(clients) == 0 {
 		return
 	}
-
-	var next, enqueued atomic.Int64
-	done := make(chan struct{})
+	var next atomic.Int64
+	started := make(chan struct{}) // closed when the last client's worker has started
 	work := func() {
-		for i := next.Add(1); i <= int64(len(validators)); i = next.Add(1) {
-			c := validators[i-1]
-			writer := c.enqueue(messageFor(c))
-			if enqueued.Add(1) == int64(len(validators)) {
-				close(done)
+		for i := next.Add(1); i <= int64(len(clients)); i = next.Add(1) {
+			if i == int64(len(clients)) {
+				close(started)
 			}
-			if writer {
-				c.flush()
-			}
+			clients[i-1].tryFlush()
 		}
 	}
 	for workers := 0; ; {
-		more := min(max(workers, runtime.GOMAXPROCS(0)), len(validators)-workers)
+		more := min(max(workers, runtime.GOMAXPROCS(0)), len(clients)-workers)
 		for range more {
 			go work()
 		}
 		workers += more
 		select {
-		case <-done:
+		case <-started:
 			return
-		case <-time.After(fanOutStep):
+		case <-time.After(step):
 		}
 	}
 }
@@ -528,32 +531,28 @@ func (s *socket) reply(text string) {
 	s.replies = append(s.replies, text...)
 }
 
-// enqueue queues a message and reports whether the caller has become the writer,
-// who has to flush it. If the queue is full the connection is given up; but a
-// broadcast of the chain is left out.
-func (s *socket) enqueue(m *message) (writer bool) {
+// enqueue queues a message for whoever flushes next. If the queue is full the connection
+// is given up; but a broadcast of the chain is left out.
+func (s *socket) enqueue(m *message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	select {
 	case <-s.done:
-		return false
+		return
 	default:
 	}
 	full := len(s.queue) == maxQueue
 	switch {
 	case s.err != nil, m.isChain && (full || s.chainQueued):
-		return false
+		return
 	case full:
 		s.failLocked(errQueueFull)
-		return false
+		return
 	case s.done != nil && !m.isChain:
 		m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 	}
 	s.queue = append(s.queue, m)
 	s.chainQueued = s.chainQueued || m.isChain
-	writer = !s.writing
-	s.writing = true
-	return writer
 }
 
 // acquire waits until there is no writer and makes the caller the writer. Its
@@ -578,6 +577,23 @@ func (s *socket) flush() {
 	err := s.write(s.replies)
 	s.replies = nil
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.flushQueueLocked(err)
+}
+
+// tryFlush writes all that is queued, unless there is a writer, which does that then.
+func (s *socket) tryFlush() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.writing {
+		s.writing = true
+		s.flushQueueLocked(nil)
+	}
+}
+
+// flushQueueLocked writes all that is queued, unless there has been an error, and ends the
+// caller's being the writer. s.mu must be held; it is released during writes.
+func (s *socket) flushQueueLocked(err error) {
 	for len(s.queue) > 0 && err == nil {
 		m := s.queue[0]
 		s.queue = slices.Delete(s.queue, 0, 1)
@@ -598,7 +614,6 @@ func (s *socket) flush() {
 		close(s.idle)
 		s.idle = nil
 	}
-	s.mu.Unlock()
 }
 
 // write writes for the writer. The client may take the data as slowly as it likes,

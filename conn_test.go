@@ -768,7 +768,7 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 				w.lottery.pickWinner(time.Now(), w.server)
 			}
 			sending.Wait()
-			time.Sleep(fanOutStep) // before any falls behind
+			time.Sleep(announceStep) // before any falls behind
 			synctest.Wait()
 		}
 		chain := blocks(t, w.lottery.chain)
@@ -816,9 +816,9 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 	}
 }
 
-// A fan out has as many workers as there are processors, twice as many after fanOutStep
+// An announcement has as many workers as there are processors, twice as many after announceStep
 // and so on, but never more than clients, since each can block one.
-func TestFanOutWorkers(t *testing.T) {
+func TestAnnounceWorkers(t *testing.T) {
 	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
 		clients int
@@ -826,12 +826,12 @@ func TestFanOutWorkers(t *testing.T) {
 		after   time.Duration
 		want    int
 	}{
-		{400, time.Millisecond, fanOutStep / 2, processors},
-		{400, 9 * time.Second, fanOutStep / 2, processors},
-		{400, 9 * time.Second, fanOutStep * 3 / 2, 2 * processors},
-		{400, 9 * time.Second, fanOutStep * 5 / 2, 4 * processors},
-		{3, 9 * time.Second, fanOutStep * 5 / 2, 3},
-		{processors - 1, 9 * time.Second, fanOutStep / 2, processors - 1},
+		{400, time.Millisecond, announceStep / 2, processors},
+		{400, 9 * time.Second, announceStep / 2, processors},
+		{400, 9 * time.Second, announceStep * 3 / 2, 2 * processors},
+		{400, 9 * time.Second, announceStep * 5 / 2, 4 * processors},
+		{3, 9 * time.Second, announceStep * 5 / 2, 3},
+		{processors - 1, 9 * time.Second, announceStep / 2, processors - 1},
 	} {
 		testWorld(t, func(w *world) {
 			for range test.clients {
