@@ -289,7 +289,7 @@ func isTorn(line []byte, index int) bool {
 	}
 	written = bytes.TrimLeft(text, "\x00")
 	missing := min(len(text)-len(written), len(start))
-	return whole && missing > 0 && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`))
+	return whole && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`))
 }
 
 // syncDir makes the names of new files in the directory survive a power cut, as

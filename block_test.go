@@ -228,6 +228,23 @@ func TestLatest(t *testing.T) {
 	}
 }
 
+// A chunk takes objects until the next one with its comma would make it grow.
+func TestChunks(t *testing.T) {
+	openFast(t)
+	for size, want := range map[int][]int{29: {20, 20}, 30: {30, 10}, 31: {30, 10}} {
+		chunkSize = size
+		c := &Blockchain{}
+		for range 4 {
+			c.add([]byte("123456789"))
+		}
+		for i, chunk := range c.chunks {
+			if len(c.chunks) != len(want) || len(chunk) != want[i] || cap(chunk) != size {
+				t.Errorf("chunk %d of %d has %d bytes of %d, want %d", i, len(c.chunks), len(chunk), cap(chunk), want)
+			}
+		}
+	}
+}
+
 // newChainFile returns the name of a new file with a chain of so many blocks,
 // and its bytes.
 func newChainFile(t testing.TB, blocks int) (name string, text []byte) {
@@ -406,7 +423,7 @@ func TestFileIsNoChain(t *testing.T) {
 	openFast(t)
 	name, text := newChainFile(t, 3)
 	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
-	zeros := make([]byte, maxBlock+1)
+	zeros := make([]byte, 385)
 	start := `{"Index":3,"Timestamp":"`
 	for _, test := range []struct {
 		chain []byte
@@ -443,8 +460,8 @@ func TestFileIsNoChain(t *testing.T) {
 		{text, string(lines[2]), "line 4: block 2 stands where block 3 belongs"},
 		{text, string(lines[2][:len(lines[2])-1]), "line 4: block 2 stands where block 3 belongs"},
 		{text, start + "\n", "line 4: "},
-		{text, start + strings.Repeat("x", maxBlock+1-len(start)), "line 4: "},
-		{text, start + strings.Repeat("x", maxBlock+1-len(start)) + "\x00\n", "line 4: "},
+		{text, start + strings.Repeat("x", 385-len(start)), "line 4: "},
+		{text, start + strings.Repeat("x", 385-len(start)) + "\x00\n", "line 4: "},
 		{text, start + "2\x00\n\n", "line 4: "}, // not the last line
 		{text, start + "2\x00\n" + start, "line 4: "},
 		{text, string(zeros[:9]) + `4,"Timestamp":"` + "\"}\n", "line 4: "},
@@ -456,12 +473,12 @@ func TestFileIsNoChain(t *testing.T) {
 		wantRefused(t, name, append(bytes.Clone(test.chain), test.tail...), test.want)
 	}
 	// The limits of what may be torn.
-	wantTorn(t, name, text, []byte(start+strings.Repeat("x", maxBlock-len(start))))
-	wantTorn(t, name, text, []byte(start+strings.Repeat("x", maxBlock-1-len(start))+"\x00\n"))
+	wantTorn(t, name, text, []byte(start+strings.Repeat("x", 384-len(start))))
+	wantTorn(t, name, text, []byte(start+strings.Repeat("x", 383-len(start))+"\x00\n"))
 	wantTorn(t, name, text, append(zeros[:len(start)-1:len(start)-1], "\"\"}\n"...))
 	wantTorn(t, name, text, append(zeros[:len(start):len(start)], "\"}\n"...))
-	wantTorn(t, name, nil, zeros[:maxBlock])
-	wantTorn(t, name, nil, append(zeros[:maxBlock:maxBlock], '\n'))
+	wantTorn(t, name, nil, zeros[:384])
+	wantTorn(t, name, nil, append(zeros[:384:384], '\n'))
 }
 
 // mayBeTorn is the rule for torn lines, tried with every beginning of a block.
@@ -628,6 +645,9 @@ func TestOpenSyncs(t *testing.T) {
 	if text := readFile(t, name); text[len(text)-1] != '\n' {
 		t.Errorf("the file ends with %q", text[len(text)-10:])
 	}
+	if info, err := os.Stat(name); err != nil || info.Mode().Perm()&^0o644 != 0 {
+		t.Errorf("%v, the file has mode %v, want at most 0644", err, info.Mode())
+	}
 }
 
 // A sync that fails at the start stops it, except that of a directory where the
@@ -675,6 +695,14 @@ func TestOpenSyncFails(t *testing.T) {
 	}
 	if err := syncDir(filepath.Join(t.TempDir(), "unreadable")); err != nil {
 		t.Errorf("a directory that cannot be opened: %v", err)
+	}
+	var dir chainFile
+	fsync = func(file chainFile) error { dir = file; return nil }
+	if err := syncDir(t.TempDir()); err != nil {
+		t.Error(err)
+	}
+	if _, err := dir.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the directory was left open: %v", err)
 	}
 }
 
@@ -809,6 +837,18 @@ func TestFileIsLost(t *testing.T) {
 	}
 }
 
+// A file whose state cannot be found out is not written to.
+func TestFileCannotBeChecked(t *testing.T) {
+	name, _ := newChainFile(t, 2)
+	c := open(t, name)
+	closeChain(c)
+	c.file = &failingFile{File: c.file.(*os.File), touched: func(by string) { t.Errorf("the file was touched by %s", by) }}
+	err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
+	if want := "the chain cannot go on: stat " + name + ": file already closed"; err == nil || err.Error() != want {
+		t.Errorf("append: %v, want %s", err, want)
+	}
+}
+
 func TestFileCannotBeUsed(t *testing.T) {
 	dir := t.TempDir()
 	tests := map[string]string{
@@ -844,6 +884,23 @@ func TestFileCannotBeRead(t *testing.T) {
 	}
 	if !bytes.Equal(readFile(t, name), text) {
 		t.Error("the file has changed")
+	}
+}
+
+// A torn line that cannot be dropped stops the start, and nothing says that it was.
+func TestTornLineStays(t *testing.T) {
+	name, text := newChainFile(t, 2)
+	writeFile(t, name, append(text, '{'))
+	file, err := os.OpenFile(name, os.O_RDWR|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	os.Remove(name) // it is truncated by its name
+	var logged bytes.Buffer
+	c := &Blockchain{head: beforeGenesis}
+	if err := c.load(file, log.New(&logged, "", 0)); !errors.Is(err, fs.ErrNotExist) || logged.Len() > 0 {
+		t.Errorf("load: %v, want %v; logged %q", err, fs.ErrNotExist, &logged)
 	}
 }
 

@@ -217,9 +217,7 @@ func TestKill(t *testing.T) {
 		p.Wait()
 		playing.Wait()
 
-		chain := open(t, file)
-		all := blocks(t, chain)
-		closeChain(chain) // or the next one could not lock it
+		all := blocks(t, openCopy(t, file))
 		for i := range heard {
 			next := known
 			for _, match := range winner.FindAllStringSubmatch(heard[i].take(), -1) {
