@@ -34,10 +34,9 @@ const (
 	// maxRefusals bounds the clients that are being told that the server is full.
 	maxRefusals = 100
 
-	// socketBuffer bounds in bytes what the kernel holds of a client's input, and of
-	// its output, of which Linux takes twice as much. Without it a client that
-	// reads slowly can have the kernel hold megabytes.
-	socketBuffer = 64 << 10
+	// writeBuffer bounds in bytes what the kernel holds for a client that reads slowly;
+	// Linux takes twice as much. Left to itself Linux would hold 4 MB.
+	writeBuffer = 256 << 10
 
 	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
 	stallChecks   = 10                     // in a row without a byte taken end a connection
@@ -126,6 +125,7 @@ func (s *server) accept(ctx context.Context, conn tcpConn) {
 	case len(s.clients) < s.maxValidators:
 		c := &client{index: len(s.clients)}
 		c.init(conn)
+		conn.SetWriteBuffer(writeBuffer)
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before serve can set another
 		s.clients = append(s.clients, c)
 		s.open.Add(1)
@@ -378,6 +378,7 @@ type tcpConn interface {
 	net.Conn
 	CloseWrite() error
 	SetLinger(sec int) error
+	SetWriteBuffer(bytes int) error
 }
 
 // A socket reads a client's lines and writes replies and messages to it, in the

@@ -67,6 +67,7 @@ func (d duplex) Write(p []byte) (int, error)        { return d.out.Write(p) }
 func (d duplex) SetWriteDeadline(t time.Time) error { return d.out.SetWriteDeadline(t) }
 func (d duplex) CloseWrite() error                  { return d.out.Close() }
 func (d duplex) SetLinger(sec int) error            { return nil }
+func (d duplex) SetWriteBuffer(bytes int) error     { return nil }
 func (d duplex) Close() error                       { return errors.Join(d.Conn.Close(), d.out.Close()) }
 
 // A listener accepts what is sent to it: connections, or errors.

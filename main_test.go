@@ -524,6 +524,58 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 	}
 }
 
+// Clients that are given up, however that comes, leave nothing in the kernel: neither the
+// ones that take nothing, nor those that make the server close and do not read why, nor
+// those that have half-closed, nor those that are connected at the stop.
+func TestNothingIsLeft(t *testing.T) {
+	p := start(t, "CHAIN_FILE=", "ROUND_INTERVAL=1ms", "BROADCAST_INTERVAL=20ms")
+	_, port, _ := net.SplitHostPort(p.address)
+	number, _ := strconv.Atoi(port)
+	// sockets counts the server's, apart from the listener and those that wait in TIME_WAIT.
+	sockets := func() (count int) {
+		table, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			t.Skip(err)
+		}
+		return len(regexp.MustCompile(fmt.Sprintf(`(?m)^ *\d+: [0-9A-F]{8}:%04X [0-9A-F]{8}:[0-9A-F]{4} (0[1-5789B])`, number)).FindAll(table, -1))
+	}
+	deaf := func() caller {
+		c := p.dial(t)
+		c.SetReadBuffer(4 << 10)
+		say(t, c, "1"+strings.Repeat("\n", 5000))
+		return c
+	}
+	player := p.dial(t)
+	say(t, player, "100")
+	play := func() { // one round and more
+		say(t, player, "72")
+		readUntil(t, player, "(you)")
+		player.SetDeadline(time.Now().Add(20 * time.Second))
+	}
+	for range 200 {
+		play() // so that there is a chain to broadcast
+	}
+	for range 10 {
+		deaf()
+		say(t, deaf(), "x")
+		deaf().CloseWrite()
+	}
+	for end := time.Now().Add(20 * time.Second); sockets() > 1; play() {
+		if time.Now().After(end) {
+			t.Fatalf("%d sockets are left, want 1", sockets())
+		}
+	}
+	deaf()
+	play()
+	p.Process.Signal(syscall.SIGTERM)
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+	if n := sockets(); n > 0 {
+		t.Errorf("%d sockets are left after the end", n)
+	}
+}
+
 // With no descriptors left those inside are served, and others when there is room.
 func TestNoDescriptors(t *testing.T) {
 	shell, err := exec.LookPath("sh")
