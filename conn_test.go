@@ -583,6 +583,31 @@ func TestHalfClose(t *testing.T) {
 	})
 }
 
+// The lottery learns of a disconnect, and the socket that it has to leave the prompt out,
+// with no message between the two.
+func TestDisconnectIsOneStep(t *testing.T) {
+	peer, conn := newDuplex()
+	defer peer.Close()
+	s := newServer(newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0)), 1, log.New(io.Discard, "", 0))
+	c := new(client)
+	c.init(conn)
+	c.validator, _, _ = s.lottery.join(1)
+	ctx, stop := context.WithCancel(t.Context())
+	s.lottery.mu.Lock() // and so the disconnect waits in the middle
+	done := make(chan struct{})
+	go func() {
+		s.disconnect(ctx, c, io.EOF)
+		close(done)
+	}()
+	for c.mu.TryLock() {
+		c.mu.Unlock()
+		runtime.Gosched()
+	}
+	s.lottery.mu.Unlock()
+	stop()
+	<-done
+}
+
 // A broadcast before the draw is heard with the prompt, as by everybody.
 func TestHalfCloseBroadcast(t *testing.T) {
 	set := func(s *server) { s.lottery.broadcastInterval = 20 * time.Second }
