@@ -12,11 +12,12 @@ help:
 	@echo 'make fuzz   fuzz each target for FUZZTIME, $(FUZZTIME) if not set'
 	@echo 'make soak   two thousand random validators for some minutes'
 
+# Silent, so that the standard output of make run is the chain alone.
 run: build
-	./proof-of-stake
+	@./proof-of-stake
 
 build:
-	go build .
+	@go build .
 
 test:
 	go test $(RACE) -timeout 5m ./...

@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"math"
 	"net"
 	"os"
 	"runtime"
@@ -26,52 +24,55 @@ const (
 	// maxLine is the longest line in bytes, its end not counted.
 	maxLine = 64
 
-	// maxBPM has 15 digits: what every reader of JSON keeps exactly. The type
-	// keeps the program from being built where an int cannot hold it.
+	// maxBPM has 15 digits, which every reader of JSON keeps exactly. Its type
+	// makes the build fail where an int cannot hold it.
 	maxBPM int = 999_999_999_999_999
 
-	// maxWaiting bounds the messages that wait for a client that is slow to take them.
-	maxWaiting = 64
+	// maxQueue bounds the messages that are queued for a slow client.
+	maxQueue = 64
 
 	// maxRefusals bounds the clients that are being told that the server is full.
 	maxRefusals = 100
 
-	balanceLimit   = time.Minute            // from connecting to a token balance
-	nudgeInterval  = time.Second            // between two looks at who stalls
-	stallNudges    = 12                     // in a row without a byte taken: 10 to 12 s
-	stuckLimit     = 25 * time.Millisecond  // between two looks at how a message spreads
-	stuckServed    = 20                     // clients in that time, for each goroutine; see tell
-	lastWordsLimit = 500 * time.Millisecond // from the last words to the close
-	stopLimit      = 3 * time.Second        // from the stop to the close of what is still open
+	// writeBuffer bounds in bytes what the kernel holds for a client that reads slowly;
+	// Linux takes twice as much. Left to itself Linux would hold 4 MB.
+	writeBuffer = 256 << 10
+
+	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
+	stallChecks   = 10                     // in a row without a byte taken end a connection
+	stallCheck    = time.Second            // between two checks
+	announceStep  = 25 * time.Millisecond  // until the workers that announce a draw are doubled
+	broadcastStep = 500 * time.Millisecond // the same for a broadcast of the chain, which is longer
+	lingerLimit   = time.Second            // from the last line to the reset
+	stopLimit     = 2 * time.Second        // from the stop to the reset of connections that are still being written to
 )
 
 var (
-	errHungUp  = errors.New("it sends nothing more")
-	errStalled = fmt.Errorf("it took nothing for %v", (stallNudges-2)*nudgeInterval)
-	errBehind  = fmt.Errorf("it is %d messages behind", maxWaiting)
+	errInterrupted = errors.New("it was interrupted by telnet's Ctrl-C")
+	errClosing     = errors.New("the server has closed it")
+	errStalled     = fmt.Errorf("it took nothing for %v", stallChecks*stallCheck)
+	errQueueFull   = fmt.Errorf("it is %d messages behind", maxQueue)
 )
 
-// A server holds the connections of the validators of one lottery.
+// A server accepts the validators of one lottery and tells them its results.
 type server struct {
 	lottery       *lottery
 	maxValidators int
 	log           *log.Logger
 
 	mu       sync.Mutex // guards the following
-	sessions []*session // everyone connected, or gone with a stake in the round
-	admitted int        // sessions that are not refused
+	clients  []*client  // connected, or disconnected with a stake in the round
+	refusals int        // clients that are being told that the server is full
 
-	ended sync.WaitGroup // counts the sessions
+	open sync.WaitGroup // counts connections
 }
 
-// A role is what a session is to the server.
-type role byte
-
-const (
-	refused role = iota // is being told that the server is full
-	guest               // has not staked yet
-	member              // is a validator, and hears what they all hear
-)
+// A client is a connection and, once it has staked, its validator.
+type client struct {
+	socket
+	index     int        // in the server's clients; guarded by the server's mutex
+	validator *validator // nil until the stake; set once, under the server's mutex
+}
 
 func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server {
 	return &server{
@@ -81,18 +82,17 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 	}
 }
 
-// serve accepts validators until ctx is done, then says goodbye to all of them
-// and returns when they are gone. An Accept that fails is tried again later, at
-// first after 5 ms and at last every second: what it lacks, descriptors say,
-// may be there again by then.
+// serve accepts clients until ctx is done, then says goodbye to all of them and
+// returns when their connections are closed. An Accept that fails is retried after
+// 5 ms, later and later up to every second: what it lacks, such as file
+// descriptors, may be free again by then.
 func (s *server) serve(ctx context.Context, listener net.Listener) {
 	defer context.AfterFunc(ctx, func() { listener.Close() })()
-	go s.nudge(ctx)
 	for delay := time.Duration(0); ctx.Err() == nil; {
 		conn, err := listener.Accept()
 		if err == nil {
 			delay = 0
-			s.open(ctx, conn)
+			s.accept(ctx, conn.(tcpConn))
 		} else if ctx.Err() == nil {
 			delay = min(max(2*delay, 5*time.Millisecond), time.Second)
 			s.log.Printf("cannot accept a connection, trying again in %v: %v", delay, err)
@@ -103,305 +103,326 @@ func (s *server) serve(ctx context.Context, listener net.Listener) {
 		}
 	}
 
-	s.mu.Lock()
-	for _, c := range s.sessions {
-		c.conn.SetReadDeadline(time.Now()) // wakes its reader, which finds ctx done
-	}
-	s.mu.Unlock()
-	defer time.AfterFunc(stopLimit, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		for _, c := range s.sessions {
-			c.conn.Close()
-		}
-	}).Stop()
-	s.ended.Wait()
+	s.eachClient(func(c *client) { c.conn.SetReadDeadline(time.Now()) }) // its reader finds ctx done
+	defer time.AfterFunc(stopLimit, func() { s.eachClient(func(c *client) { c.reset() }) }).Stop()
+	s.open.Wait()
 }
 
-// nudge looks every nudgeInterval at who takes nothing of what is written. This
-// costs less than a deadline for every write.
-func (s *server) nudge(ctx context.Context) {
-	ticker := time.NewTicker(nudgeInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		s.mu.Lock()
-		for _, c := range s.sessions {
-			c.nudge()
-		}
-		s.mu.Unlock()
-	}
-}
-
-// open starts a session, if only to say that there is no room for it.
-func (s *server) open(ctx context.Context, conn net.Conn) {
-	c := newSession(conn)
+// eachClient calls f with each client. The server's mutex is held meanwhile.
+func (s *server) eachClient(f func(c *client)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full := s.admitted == s.maxValidators
-	if full && len(s.sessions)-s.admitted == maxRefusals {
-		conn.Close()
-		return
+	for _, c := range s.clients {
+		f(c)
 	}
-	c.place = len(s.sessions)
-	s.sessions = append(s.sessions, c)
-	s.ended.Add(1)
-	if full {
-		go s.close(ctx, c, "server full, try again later\n")
-		return
-	}
-	s.admitted++
-	c.role = guest
-	conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before a stop can set another
-	go s.handleConn(ctx, c)
 }
 
-// handleConn leads a client from connecting to its token balance.
-func (s *server) handleConn(ctx context.Context, c *session) {
-	c.say(balancePrompt)
-	stake, err := c.readNumber(1, maxStake, balancePrompt)
+// accept starts to serve a client, if there is room for it.
+func (s *server) accept(ctx context.Context, conn tcpConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case len(s.clients) < s.maxValidators:
+		c := &client{index: len(s.clients)}
+		c.init(conn)
+		conn.SetWriteBuffer(writeBuffer)
+		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before serve can set another
+		s.clients = append(s.clients, c)
+		s.open.Add(1)
+		go s.handleConn(ctx, c)
+	case s.refusals < maxRefusals:
+		s.refusals++
+		s.open.Add(1)
+		go s.refuse(conn)
+	default:
+		conn.Close()
+	}
+}
+
+// refuse tells a client that there is no room for it.
+func (s *server) refuse(conn tcpConn) {
+	var c socket
+	c.init(conn)
+	c.finish("server full, try again later\n", s.open.Done)
+	s.mu.Lock()
+	s.refusals--
+	s.mu.Unlock()
+}
+
+// handleConn serves a client until it has staked.
+func (s *server) handleConn(ctx context.Context, c *client) {
+	c.reply(balancePrompt)
+	var err error
+	for err == nil && c.validator == nil {
+		var line []byte
+		if line, err = c.readLine(); err == nil {
+			err = s.stake(c, line)
+		}
+	}
 	var bad badLine
 	switch {
+	case err == nil:
+		// This goroutine's stack has grown by now and never shrinks below 4 kB; that of
+		// a new one starts with 2 kB, which is enough for BPMs.
+		go s.handleBPMs(ctx, c)
 	case errors.As(err, &bad):
 		s.close(ctx, c, fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, bad))
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		s.close(ctx, c, fmt.Sprintf("\nno token balance within %v\n", balanceLimit))
-	case err != nil:
-		s.close(ctx, c, "")
 	default:
-		c.conn.SetReadDeadline(time.Time{})
-		v := s.join(c, int64(stake))
-		// Joining took a larger stack than waiting for a line does, and a stack
-		// never shrinks to less than 4 kB: the rest is for a new goroutine.
-		go s.takeBPMs(ctx, c, v)
+		s.close(ctx, c, "")
 	}
 }
 
-// join makes the client a validator, who from now on hears what everyone hears.
-func (s *server) join(c *session, stake int64) *validator {
-	v, validators, tokens := s.lottery.join(stake)
+// stake makes the client a validator, which hears of every draw from now on. A line
+// that is no token balance is an error, a badLine.
+func (s *server) stake(c *client, line []byte) error {
+	if len(line) == 0 {
+		c.reply(balancePrompt)
+		return nil
+	}
+	stake, err := parseNumber(line, 1, maxStake)
+	if err != nil {
+		return err
+	}
+	c.conn.SetReadDeadline(time.Time{})
+	v, validators, tokens := s.lottery.join(int64(stake))
 	s.mu.Lock()
-	c.role = member
+	c.validator = v
 	s.mu.Unlock()
 	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
-	c.say("validator ", v.address, " stakes ", strconv.FormatInt(stake, 10), " tokens\n", bpmPrompt)
-	return v
+	c.reply(fmt.Sprintf("validator %s stakes %d tokens\n%s", v.address, stake, bpmPrompt))
+	return nil
 }
 
-// takeBPMs is the one resident goroutine of a validator.
-func (s *server) takeBPMs(ctx context.Context, c *session, v *validator) {
-	for ctx.Err() == nil {
-		bpm, err := c.readNumber(-maxBPM, maxBPM, bpmPrompt)
-		if err != nil {
-			s.part(ctx, c, v, err)
-			return
+// handleBPMs serves a validator from its stake to the close of its connection.
+func (s *server) handleBPMs(ctx context.Context, c *client) {
+	var err error
+	for err == nil && ctx.Err() == nil {
+		var line []byte
+		if line, err = c.readLine(); err == nil {
+			err = s.propose(c, line)
 		}
-		s.propose(c, v, bpm)
 	}
-	s.close(ctx, c, "")
+	s.leave(ctx, c, err)
 }
 
-// propose proposes a block, and says so or that there is one already.
-func (s *server) propose(c *session, v *validator, bpm int) {
-	index, added, drawIn := s.lottery.propose(v, bpm)
-	already := ""
-	if !added {
-		already = "already "
+// propose proposes a block with the BPM in the line. The reply says which BPM stands,
+// since what was half typed when news came is still in the line that the terminal
+// sends. A line that is no BPM is an error, a badLine.
+func (s *server) propose(c *client, line []byte) error {
+	if len(line) == 0 {
+		c.reply(bpmPrompt)
+		return nil
 	}
-	c.say("block ", strconv.Itoa(index), " ", already, "proposed, draw in ", drawIn.Round(time.Second).String(), "\n", bpmPrompt)
+	bpm, err := parseNumber(line, -maxBPM, maxBPM)
+	if err != nil {
+		return err
+	}
+	p := s.lottery.propose(c.validator, bpm)
+	r := append(c.replies, "block "...)
+	r = strconv.AppendInt(r, int64(p.index), 10)
+	if !p.added {
+		r = append(r, " already"...)
+	}
+	r = append(r, " proposed with BPM "...)
+	r = strconv.AppendInt(r, int64(p.bpm), 10)
+	r = append(r, ": "...)
+	r = strconv.AppendInt(r, c.validator.stake, 10)
+	r = append(r, " of "...)
+	r = strconv.AppendInt(r, p.tokens, 10)
+	r = append(r, " tokens so far, draw in "...)
+	r = append(r, p.drawIn.Round(time.Second).String()...)
+	c.replies = append(r, "\n"+bpmPrompt...)
+	return nil
 }
 
-// part ends the session of a validator who sends no more BPMs. What it sent
-// instead of one costs it its stake. If it sends nothing at all or was given up,
-// its stake and its block stay until the draw, and it hears that if it still listens.
-func (s *server) part(ctx context.Context, c *session, v *validator, err error) {
+// leave ends the part of a validator that sends no more BPMs; err is why.
+func (s *server) leave(ctx context.Context, c *client, err error) {
+	lastLine := ""
 	var bad badLine
 	if errors.As(err, &bad) {
-		s.lottery.disqualify(v)
-		s.log.Printf("validator %s dropped: not a BPM: %v", v.address, bad)
-		s.close(ctx, c, fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, v.stake))
-		return
+		s.lottery.disqualify(c.validator)
+		s.log.Printf("validator %s dropped: its BPM was %q; it forfeits its %d tokens", c.validator.address, string(bad), c.validator.stake)
+		lastLine = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, c.validator.stake)
+	} else if ctx.Err() == nil {
+		s.disconnect(ctx, c, err)
 	}
-	if ctx.Err() == nil {
-		s.log.Printf("validator %s leaves, its stake stays until the draw: %v", v.address, err)
-		c.mu.Lock() // no message may come between the two
-		c.gone = s.lottery.leave(v)
-		c.mu.Unlock()
-		c.endTurn()
-		select {
-		case <-c.gone:
-		case <-ctx.Done():
-		}
-		c.takeTurn()
-	}
-	s.close(ctx, c, "")
+	s.close(ctx, c, lastLine)
 }
 
-// close ends any session, with the last words for its client if there are any.
-func (s *server) close(ctx context.Context, c *session, lastWords string) {
-	if ctx.Err() != nil {
-		lastWords = "\nserver shutting down\n"
+// disconnect waits for the draw that the validator's stake and block stay in. If the
+// client has only closed its sending half, it hears of that draw. err is why
+// there are no more BPMs.
+func (s *server) disconnect(ctx context.Context, c *client, err error) {
+	how := "disconnects"
+	if err == errStalled || err == errQueueFull {
+		how = fmt.Sprintf("dropped: %v", err)
 	}
-	c.end(lastWords)
-	defer s.ended.Done()
+	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
+	c.mu.Lock() // so that no draw is announced between the next two
+	c.done = s.lottery.disconnect(c.validator)
+	if err == errInterrupted {
+		c.err = err
+	}
+	c.mu.Unlock()
+	c.flush()
+	if err == errInterrupted {
+		c.conn.CloseWrite()
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+	}
+	c.acquire()
+}
+
+// close ends the connection of a client, after its last line if that is not empty.
+func (s *server) close(ctx context.Context, c *client, lastLine string) {
+	if ctx.Err() != nil {
+		lastLine = "\nserver shutting down\n"
+	}
+	c.finish(lastLine, s.open.Done)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if c.role != refused {
-		s.admitted--
+	last := len(s.clients) - 1
+	s.clients[c.index] = s.clients[last]
+	s.clients[c.index].index = c.index
+	s.clients[last] = nil
+	s.clients = s.clients[:last]
+}
+
+// announce tells all validators who has won, with a stake of so many of the tokens
+// that were in the draw.
+func (s *server) announce(winner *validator, tokens int64) {
+	text := func(you string) *message {
+		return &message{pieces: [][]byte{fmt.Appendf(nil, "\nwinning validator: %s%s with %d of %d tokens\n%s",
+			winner.address, you, winner.stake, tokens, bpmPrompt)}}
 	}
-	last := len(s.sessions) - 1
-	s.sessions[c.place] = s.sessions[last]
-	s.sessions[c.place].place = c.place
-	s.sessions[last] = nil
-	s.sessions = s.sessions[:last]
+	toAll, toWinner := text(""), text(" (you)")
+	s.flushAll(announceStep, s.enqueueAll(func(c *client) *message {
+		if c.validator == winner {
+			return toWinner
+		}
+		return toAll
+	}))
 }
 
-// announce tells all validators who won.
-func (s *server) announce(winner Block) {
-	news := "\nwinning validator: " + winner.Validator + "\n" + bpmPrompt
-	s.tell(&message{pieces: [][]byte{[]byte(news)}})
-}
-
-// broadcast sends the chain to all validators.
+// broadcast sends the chain to all validators. It does not wait until it is written.
 func (s *server) broadcast(chain [][]byte) {
-	pieces := slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)})
-	s.tell(&message{pieces: pieces, isChain: true})
+	m := &message{
+		pieces:  slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)}),
+		isChain: true,
+	}
+	go s.flushAll(broadcastStep, s.enqueueAll(func(*client) *message { return m }))
 }
 
-// tell has the message in the outbox of every validator when it returns, and
-// written or being written wherever nothing else is.
-//
-// It takes a few goroutines rather than one for each client, since the stacks of
-// thousands would stay with the process. A goroutine whose client takes nothing
-// is stuck with it; so whenever each has served no more than stuckServed clients in
-// stuckLimit, there are twice as many.
-func (s *server) tell(m *message) {
+// enqueueAll enqueues a message for every validator, without waiting, and returns
+// their clients.
+func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*client) {
 	s.mu.Lock()
-	listeners := make([]*session, 0, len(s.sessions))
-	for _, c := range s.sessions {
-		if c.role == member {
-			listeners = append(listeners, c)
+	defer s.mu.Unlock()
+	validators = make([]*client, 0, len(s.clients))
+	for _, c := range s.clients {
+		if c.validator != nil {
+			c.enqueue(messageFor(c))
+			validators = append(validators, c)
 		}
 	}
-	s.mu.Unlock()
+	return validators
+}
 
-	last := int64(len(listeners))
-	var taken, served atomic.Int64
-	done := make(chan struct{})
+// flushAll writes what is queued for the clients. When it returns, everything is written
+// or being written, so that draws are no faster than their announcements.
+//
+// A few workers write, since the stacks of ten thousand goroutines would stay with
+// the process. A client that takes nothing blocks its worker, so after every step
+// there are twice as many, up to one for each client: 13 steps are enough if 10,000
+// clients block.
+func (s *server) flushAll(step time.Duration, clients []*client) {
+	if len(clients) == 0 {
+		return
+	}
+	var next atomic.Int64
+	started := make(chan struct{}) // closed when the last client's worker has started
 	work := func() {
-		for i := taken.Add(1); i <= last; i = taken.Add(1) {
-			c := listeners[i-1]
-			myTurn := c.put(m)
-			if served.Add(1) == last {
-				close(done)
+		for i := next.Add(1); i <= int64(len(clients)); i = next.Add(1) {
+			if i == int64(len(clients)) {
+				close(started)
 			}
-			if myTurn {
-				c.endTurn()
-			}
+			clients[i-1].tryFlush()
 		}
 	}
-	workers, before := int64(0), int64(0)
-	for now := int64(0); now < last; now = served.Load() {
-		if now-before <= workers*stuckServed {
-			more := min(max(workers, int64(runtime.GOMAXPROCS(0))), last-workers)
-			for range more {
-				go work()
-			}
-			workers += more
+	for workers := 0; ; {
+		more := min(max(workers, runtime.GOMAXPROCS(0)), len(clients)-workers)
+		for range more {
+			go work()
 		}
-		before = now
+		workers += more
 		select {
-		case <-done:
-		case <-time.After(stuckLimit):
+		case <-started:
+			return
+		case <-time.After(step):
 		}
 	}
 }
 
-// A message is what several clients are told in the same bytes.
+// A message is text for several clients, which share its bytes.
 type message struct {
 	pieces  [][]byte
 	isChain bool // a broadcast of the chain
 }
 
-// A session is one client's connection: the lines it sends, and an outbox of
-// what it is told.
+// A tcpConn is what a socket needs of a net.TCPConn.
+type tcpConn interface {
+	net.Conn
+	CloseWrite() error
+	SetLinger(sec int) error
+	SetWriteBuffer(bytes int) error
+}
+
+// A socket reads a client's lines and writes replies and messages to it, in the
+// way of ergo's irc/socket.go:
 //
-//  1. One goroutine at a time writes: whose turn it is. The reader takes its
-//     turn before it acts on a line and ends it with the reply, so replies wait
-//     for a slow client and nothing more is read from it.
-//  2. put never waits. What it puts there is written by whose turn it is, in that
-//     order, and after the replies of the same turn.
-//  3. At most maxWaiting messages wait, beside the one being written. At most one
-//     of them all is a broadcast.
-//  4. Nothing but the reader stays behind when all is said.
-type session struct {
-	conn    net.Conn
-	lines   *bufio.Reader // the reader's own
-	replies []byte        // to lines that came together; whose turn it is has them
+//  1. One goroutine at a time is the writer. The reader becomes the writer before
+//     it handles a line and flushes its replies before it waits for the next one.
+//     So when the client is slow to read replies, the server stops reading from it.
+//  2. enqueue never waits. The writer writes what is queued, in that order, after
+//     its replies.
+//  3. At most maxQueue messages are queued, and of the chain's broadcasts one.
+//  4. No goroutine but the reader stays when everything is written.
+type socket struct {
+	conn    tcpConn
+	replies []byte // not yet written; belongs to the writer
 
-	place int  // in the server's sessions, guarded by its mutex, like the next
-	role  role // what it is to the server
+	// The following belong to the reader.
+	input    [maxLine + len("\r\n")]byte
+	handled  uint8 // bytes of input that have been returned as lines
+	received uint8 // bytes of input in all
+	telnet   telnetState
 
-	mu         sync.Mutex // guards the following; never held while writing
-	turnOver   sync.Cond  // signals that busy is false again
-	busy       bool       // it is somebody's turn
-	chainWaits bool       // one of the waiting, or the one being written, is a broadcast
-	waiting    []*message
-	err        error           // why nothing can be said any more; conn is closed then
-	gone       <-chan struct{} // set when its validator leaves, closed when that is over
+	mu          sync.Mutex // guards the following; never held during a write
+	writing     bool       // there is a writer
+	chainQueued bool       // a broadcast of the chain is queued or being written
+	queue       []*message
+	err         error           // why nothing can be enqueued any more
+	idle        chan struct{}   // not nil: the reader waits until writing is false; closed then
+	done        <-chan struct{} // not nil: the client has half-closed; closed: it hears nothing more
 }
 
-// newSession returns a session in which it is the reader's turn.
-func newSession(conn net.Conn) *session {
-	c := &session{
-		conn:  conn,
-		lines: bufio.NewReaderSize(conn, maxLine+len("\r\n")),
-		busy:  true,
-	}
-	c.turnOver.L = &c.mu
-	return c
+// init makes a new socket ready. The caller is its reader and its writer.
+func (s *socket) init(conn tcpConn) {
+	s.conn = conn
+	s.writing = true
 }
 
-// A badLine is an error: the beginning of a line that is not the number that
-// was asked for.
+// A badLine is an error: a line that is not the number that was asked for, cut to
+// maxLine bytes.
 type badLine string
 
-func (b badLine) Error() string {
-	return fmt.Sprintf("got %q", string(b[:min(len(b), maxLine)]))
-}
+func (b badLine) Error() string { return fmt.Sprintf("got %q", string(b)) }
 
-// readNumber returns the next line that is not blank as a number, from low to
-// high. Blank lines are answered with the prompt. The error is a badLine, or says
-// why there are no more lines. The reader has the turn before and after, but not
-// while it waits for the client; so replies to lines that came together leave
-// together.
-func (c *session) readNumber(low, high int, prompt string) (int, error) {
-	for {
-		waits := !c.hasLine()
-		if waits {
-			c.endTurn()
-		}
-		line, err := c.readLine()
-		if waits {
-			if failed := c.takeTurn(); failed != nil {
-				return 0, failed
-			}
-		}
-		switch {
-		case err != nil:
-			return 0, err
-		case len(line) > 0:
-			return parseNumber(line, low, high)
-		}
-		c.say(prompt)
-	}
-}
-
-// parseNumber returns the number that the line is, or else a badLine.
+// parseNumber returns the number in the line, from low to high, or else a badLine.
 func parseNumber(line []byte, low, high int) (int, error) {
 	number, err := strconv.ParseInt(string(line), 10, 64)
 	if err != nil || number < int64(low) || number > int64(high) {
@@ -410,166 +431,251 @@ func parseNumber(line []byte, low, high int) (int, error) {
 	return int(number), nil
 }
 
-// hasLine reports whether a line, with its end, has been received already.
-func (c *session) hasLine() bool {
-	received, _ := c.lines.Peek(c.lines.Buffered())
-	return bytes.IndexByte(received, '\n') >= 0
+// readLine returns the next line without its end and the blanks around it; it is
+// valid until the next call. The last line needs no end. A line longer than maxLine
+// is a badLine. Before readLine waits for the client it flushes, and afterwards it
+// becomes the writer again.
+func (s *socket) readLine() ([]byte, error) {
+	for {
+		line, _, ended := bytes.Cut(s.input[s.handled:s.received], []byte("\n"))
+		switch {
+		case ended:
+			s.handled += uint8(len(line) + 1)
+			return checkLine(line)
+		case len(line) == len(s.input):
+			return checkLine(line)
+		case s.telnet == telnetInterrupt:
+			return nil, errInterrupted
+		}
+		s.received = uint8(copy(s.input[:], line))
+		s.handled = 0
+
+		s.flush()
+		n, err := s.conn.Read(s.input[s.received:])
+		s.received += uint8(s.telnet.strip(s.input[s.received:][:n]))
+		if closed := s.acquire(); closed != nil {
+			return nil, closed
+		}
+		if err == io.EOF && len(bytes.TrimSuffix(s.input[:s.received], []byte("\r"))) > 0 {
+			s.handled = s.received
+			return checkLine(s.input[:s.received])
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
-// readLine returns the next line without its end and the blanks around it,
-// valid until the next call. The last line needs no end. If the line is longer
-// than maxLine, its beginning is the error, a badLine.
-func (c *session) readLine() ([]byte, error) {
-	line, err := c.lines.ReadSlice('\n')
-	length := len(bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r")))
+// checkLine returns the line without a carriage return at its end and without the blanks
+// around it, or a badLine if it is longer than maxLine.
+func checkLine(line []byte) ([]byte, error) {
+	length := len(bytes.TrimSuffix(line, []byte("\r")))
 	line = bytes.TrimSpace(line)
+	if length > maxLine {
+		return nil, badLine(line[:min(len(line), maxLine)])
+	}
+	return line, nil
+}
+
+// telnetState says where in a telnet command the input is (RFC 854).
+type telnetState byte
+
+const (
+	telnetText           telnetState = iota
+	telnetCommand                    // after IAC
+	telnetOption                     // after IAC WILL, WONT, DO or DONT
+	telnetSubnegotiation             // after IAC SB
+	telnetSubCommand                 // after IAC in a subnegotiation
+	telnetInterrupt                  // after IAC IP or IAC BRK; the end
+)
+
+const (
+	telnetSE   = 240 // end of subnegotiation
+	telnetBRK  = 243 // break
+	telnetIP   = 244 // interrupt process: Ctrl-C
+	telnetSB   = 250 // subnegotiation
+	telnetWILL = 251 // the first of WILL, WONT, DO and DONT
+	telnetIAC  = 255 // interpret as command
+)
+
+// strip removes telnet's commands from p, and what follows an interrupt. It returns
+// how many bytes are left.
+func (t *telnetState) strip(p []byte) (n int) {
+	if *t == telnetText && bytes.IndexByte(p, telnetIAC) < 0 {
+		return len(p)
+	}
+	for _, b := range p {
+		switch state := *t; {
+		case state == telnetText && b != telnetIAC, state == telnetCommand && b == telnetIAC:
+			*t = telnetText
+			p[n] = b
+			n++
+		case state == telnetText:
+			*t = telnetCommand
+		case state == telnetCommand && (b == telnetIP || b == telnetBRK), state == telnetInterrupt:
+			*t = telnetInterrupt
+		case state == telnetCommand && b >= telnetWILL:
+			*t = telnetOption
+		case state == telnetCommand && b == telnetSB, state == telnetSubCommand && b != telnetSE:
+			*t = telnetSubnegotiation
+		case state == telnetSubnegotiation && b == telnetIAC:
+			*t = telnetSubCommand
+		case state != telnetSubnegotiation: // the command is complete
+			*t = telnetText
+		}
+	}
+	return n
+}
+
+// reply adds to the replies. The caller is the writer.
+func (s *socket) reply(text string) {
+	s.replies = append(s.replies, text...)
+}
+
+// enqueue queues a message for whoever flushes next. If the queue is full the connection
+// is given up; but a broadcast of the chain is left out.
+func (s *socket) enqueue(m *message) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-s.done:
+		return
+	default:
+	}
+	full := len(s.queue) == maxQueue
 	switch {
-	case err == bufio.ErrBufferFull || length > maxLine:
-		err = badLine(line)
-	case err == io.EOF && length > 0:
-		err = nil
-	case err == io.EOF:
-		err = errHungUp
-	}
-	return line, err
-}
-
-// say adds to the replies. The reader has the turn.
-func (c *session) say(parts ...string) {
-	for _, part := range parts {
-		c.replies = append(c.replies, part...)
-	}
-}
-
-// takeTurn waits until it is the reader's turn. Its error says why nothing can
-// be said any more.
-func (c *session) takeTurn() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.busy {
-		c.turnOver.Wait()
-	}
-	c.busy = true
-	return c.err
-}
-
-// endTurn writes the replies, and what was put into the outbox meanwhile.
-func (c *session) endTurn() {
-	err := c.write(c.replies)
-	c.replies = c.replies[:0]
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.fail(err)
-	c.drain()
-	c.busy = false
-	c.turnOver.Signal()
-}
-
-// drain writes what waits. It is called with mu held, by whose turn it is, and
-// lets go of mu while it writes.
-func (c *session) drain() {
-	for len(c.waiting) > 0 {
-		next := c.waiting[0]
-		c.waiting = slices.Delete(c.waiting, 0, 1)
-		c.mu.Unlock()
-		var err error
-		for i := 0; i < len(next.pieces) && err == nil; i++ {
-			err = c.write(next.pieces[i])
-		}
-		c.mu.Lock()
-		c.fail(err)
-		if next.isChain {
-			c.chainWaits = false
-		}
-	}
-}
-
-// write writes for whose turn it is. The client may take the piece as slowly as
-// it likes, but must take some of it within stallNudges. They are counted, rather
-// than the time, so that a server that was stopped for a while gives nobody up.
-func (c *session) write(piece []byte) (err error) {
-	for nudges := 0; len(piece) > 0 && err == nil; {
-		var n int
-		n, err = c.conn.Write(piece)
-		piece = piece[n:]
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			if nudges++; n > 0 {
-				nudges = 1
-			}
-			if err = errStalled; nudges < stallNudges {
-				err = c.conn.SetWriteDeadline(time.Time{})
-			}
-		}
-	}
-	return err
-}
-
-// nudge interrupts a write, to see whether it gets anywhere.
-func (c *session) nudge() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.busy {
-		c.conn.SetWriteDeadline(time.Now())
-	}
-}
-
-// fail gives up the connection after an error, if it is one, which wakes its
-// reader. mu is held.
-func (c *session) fail(err error) {
-	if err != nil && c.err == nil {
-		c.err = err
-		c.conn.Close()
-	}
-}
-
-// put adds a message to what waits for the client, and takes the turn if it is
-// nobody's: then the caller has to end it. If too much waits already the client is
-// given up; but if the message is a broadcast, it is left out.
-func (c *session) put(m *message) (myTurn bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	full := len(c.waiting) == maxWaiting
-	switch {
-	case c.isGone():
-		return false
-	case m.isChain && (full || c.chainWaits):
-		return false
+	case s.err != nil, m.isChain && (full || s.chainQueued):
+		return
 	case full:
-		c.fail(errBehind)
-		return false
-	case c.gone != nil && !m.isChain:
+		s.failLocked(errQueueFull)
+		return
+	case s.done != nil && !m.isChain:
 		m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 	}
-	c.waiting = append(c.waiting, m)
-	c.chainWaits = c.chainWaits || m.isChain
-	myTurn = !c.busy
-	c.busy = true
-	return myTurn
+	s.queue = append(s.queue, m)
+	s.chainQueued = s.chainQueued || m.isChain
 }
 
-// isGone reports whether the session's validator has left and is gone. mu is held.
-func (c *session) isGone() bool {
-	select {
-	case <-c.gone:
-		return true
-	default:
-		return false
+// acquire waits until there is no writer and makes the caller the writer. Its
+// error says why nothing can be written any more.
+func (s *socket) acquire() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.writing {
+		idle := make(chan struct{})
+		s.idle = idle
+		s.mu.Unlock()
+		<-idle
+		s.mu.Lock()
+	}
+	s.writing = true
+	return s.err
+}
+
+// flush writes the replies and all that is queued, also what is queued meanwhile.
+// The caller is the writer, and is not any more when flush returns.
+func (s *socket) flush() {
+	err := s.write(s.replies)
+	s.replies = nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.flushQueueLocked(err)
+}
+
+// tryFlush writes all that is queued, unless there is a writer, which does that then.
+func (s *socket) tryFlush() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.writing {
+		s.writing = true
+		s.flushQueueLocked(nil)
 	}
 }
 
-// end says the last words, if there are any, after all else, and closes the
-// connection. It is the reader's turn and stays so. Closing a connection while
-// the client still sends would reset it, and the last words might never be
-// seen; so what comes is thrown away, for a while.
-func (c *session) end(lastWords string) {
-	defer c.conn.Close()
-	c.endTurn()
-	if c.takeTurn() != nil || lastWords == "" || c.write([]byte(lastWords)) != nil {
-		return
+// flushQueueLocked writes all that is queued, unless there has been an error, and ends the
+// caller's being the writer. s.mu must be held; it is released during writes.
+func (s *socket) flushQueueLocked(err error) {
+	for len(s.queue) > 0 && err == nil {
+		m := s.queue[0]
+		s.queue = slices.Delete(s.queue, 0, 1)
+		s.mu.Unlock()
+		for i := 0; i < len(m.pieces) && err == nil; i++ {
+			err = s.write(m.pieces[i])
+		}
+		s.mu.Lock()
+		if m.isChain {
+			s.chainQueued = false
+		}
 	}
-	if conn, ok := c.conn.(interface{ CloseWrite() error }); ok {
-		conn.CloseWrite()
+	if err != nil {
+		s.failLocked(err)
 	}
-	c.conn.SetReadDeadline(time.Now().Add(lastWordsLimit))
-	c.lines.Discard(math.MaxInt)
+	s.writing = false
+	if s.idle != nil {
+		close(s.idle)
+		s.idle = nil
+	}
+}
+
+// write writes for the writer. The client may take the data as slowly as it likes,
+// but has to take some of it within stallChecks. These are counted, rather than the
+// time, so that after a pause of the whole process nobody is given up.
+func (s *socket) write(data []byte) error {
+	for stalled := 0; len(data) > 0; {
+		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
+		n, err := s.conn.Write(data)
+		data = data[n:]
+		if stalled++; n > 0 {
+			stalled = 0
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && stalled == stallChecks {
+			return errStalled
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+	}
+	return nil
+}
+
+// failLocked gives up the connection because of the error, which wakes its reader.
+// s.mu must be held.
+func (s *socket) failLocked(err error) {
+	if s.err == nil {
+		s.err = err
+	}
+	s.queue = nil
+	s.reset()
+}
+
+// reset closes the connection at once. What the client has not taken is discarded: the
+// kernel would keep it, up to megabytes of it for minutes.
+func (s *socket) reset() {
+	s.conn.SetLinger(0)
+	s.conn.Close()
+}
+
+// finish closes the connection after all that is queued and the last line. The caller is
+// the reader and the writer. Input is discarded for a while, or until the client
+// closes too: closing with unread input would reset the connection before the
+// client has read the last line. After lingerLimit in all it is reset, and closed
+// is called.
+func (s *socket) finish(lastLine string, closed func()) {
+	s.mu.Lock()
+	if s.err == nil {
+		s.err = errClosing
+		s.queue = append(s.queue, &message{pieces: [][]byte{[]byte(lastLine)}})
+	}
+	s.mu.Unlock()
+	s.flush()
+	s.conn.CloseWrite()
+	end := time.Now().Add(lingerLimit)
+	s.conn.SetReadDeadline(end)
+	for err := error(nil); err == nil; {
+		_, err = s.conn.Read(make([]byte, 512))
+	}
+	time.AfterFunc(time.Until(end), func() {
+		s.reset()
+		closed()
+	})
 }

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -65,6 +66,8 @@ func newDuplex() (client, server duplex) {
 func (d duplex) Write(p []byte) (int, error)        { return d.out.Write(p) }
 func (d duplex) SetWriteDeadline(t time.Time) error { return d.out.SetWriteDeadline(t) }
 func (d duplex) CloseWrite() error                  { return d.out.Close() }
+func (d duplex) SetLinger(sec int) error            { return nil }
+func (d duplex) SetWriteBuffer(bytes int) error     { return nil }
 func (d duplex) Close() error                       { return errors.Join(d.Conn.Close(), d.out.Close()) }
 
 // A listener accepts what is sent to it: connections, or errors.
@@ -147,16 +150,17 @@ func (w *world) advance(d time.Duration) {
 
 // A client is the other end of a session. It reads all that it is told, unless
 // it is a deaf one.
-type client struct {
+type testClient struct {
 	*world
 	net.Conn
 	heard   buffer
 	hungUp  chan struct{} // closed when the server has closed the connection
-	address string        // once it has joined
+	address string        // once it has joined, like the next
+	stake   int
 }
 
 // connect returns a client that has heard nothing yet.
-func (w *world) connect() *client {
+func (w *world) connect() *testClient {
 	c := w.connectDeaf()
 	go func() {
 		io.Copy(&c.heard, c.Conn)
@@ -165,16 +169,16 @@ func (w *world) connect() *client {
 	return c
 }
 
-func (w *world) connectDeaf() *client {
+func (w *world) connectDeaf() *testClient {
 	mine, its := newDuplex()
-	c := &client{world: w, Conn: mine, hungUp: make(chan struct{})}
+	c := &testClient{world: w, Conn: mine, hungUp: make(chan struct{})}
 	w.Cleanup(func() { mine.Close() })
 	w.listener.accepts <- net.Conn(its)
 	return c
 }
 
 // joinDeaf returns a client with one token that reads nothing more.
-func (w *world) joinDeaf() *client {
+func (w *world) joinDeaf() *testClient {
 	w.Helper()
 	c := w.connectDeaf()
 	io.ReadFull(c, make([]byte, len("Enter token balance:")))
@@ -184,22 +188,26 @@ func (w *world) joinDeaf() *client {
 	return c
 }
 
-// joinLate is joinDeaf, but after the first byte of what it is told, and then
-// some time, the client reads the rest.
+// joinLate returns a client with one token that takes the first byte of each message and
+// then, after some time, the rest.
 func (w *world) joinLate(late time.Duration) {
 	w.Helper()
 	c := w.joinDeaf()
 	go func() {
-		c.Read(make([]byte, 1))
-		time.Sleep(late)
-		io.Copy(io.Discard, c)
+		for message := make([]byte, 1000); ; {
+			if _, err := c.Read(message[:1]); err != nil {
+				return
+			}
+			time.Sleep(late)
+			c.Read(message)
+		}
 	}()
 }
 
 var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
 
 // join returns a client that stakes so many tokens and has heard that it does.
-func (w *world) join(stake int) *client {
+func (w *world) join(stake int) *testClient {
 	w.Helper()
 	c := w.connect()
 	c.send(fmt.Sprintf("%d\n", stake))
@@ -208,12 +216,12 @@ func (w *world) join(stake int) *client {
 	if match == nil || match[0] != heard || match[2] != fmt.Sprint(stake) {
 		w.Fatalf("heard %q after staking %d", heard, stake)
 	}
-	c.address = match[1]
+	c.address, c.stake = match[1], stake
 	return c
 }
 
 // send sends text and waits until the server has dealt with it.
-func (c *client) send(text string) {
+func (c *testClient) send(text string) {
 	c.Helper()
 	if _, err := io.WriteString(c.Conn, text); err != nil {
 		c.Fatalf("sending %.100q: %v", text, err)
@@ -223,7 +231,7 @@ func (c *client) send(text string) {
 
 // flood sends the line 100,000 times, or as often as is read while the client
 // takes no reply, which must be little.
-func (c *client) flood(line string) {
+func (c *testClient) flood(line string) {
 	c.Helper()
 	c.SetWriteDeadline(time.Now().Add(time.Second))
 	n, err := io.WriteString(c.Conn, strings.Repeat(line, 100_000))
@@ -233,7 +241,7 @@ func (c *client) flood(line string) {
 }
 
 // want is all that the client has heard since the last want.
-func (c *client) want(text string) {
+func (c *testClient) want(text string) {
 	c.Helper()
 	synctest.Wait()
 	if heard := c.heard.take(); heard != text {
@@ -242,7 +250,7 @@ func (c *client) want(text string) {
 }
 
 // wantClosed is want, after which the server closes the connection.
-func (c *client) wantClosed(text string) {
+func (c *testClient) wantClosed(text string) {
 	c.Helper()
 	c.want(text)
 	select {
@@ -253,13 +261,20 @@ func (c *client) wantClosed(text string) {
 }
 
 // halfClose closes the client's sending half.
-func (c *client) halfClose() {
+func (c *testClient) halfClose() {
 	c.Conn.(duplex).CloseWrite()
 	synctest.Wait()
 }
 
-// wins is what everyone hears if the client does.
-func (c *client) wins() string { return "\nwinning validator: " + c.address + "\n\nEnter a new BPM:" }
+// wins is what all others hear if the client wins a draw of so many tokens.
+func (c *testClient) wins(tokens int) string {
+	return fmt.Sprintf("\nwinning validator: %s with %d of %d tokens\n\nEnter a new BPM:", c.address, c.stake, tokens)
+}
+
+// won is what the client itself hears then.
+func (c *testClient) won(tokens int) string {
+	return fmt.Sprintf("\nwinning validator: %s (you) with %d of %d tokens\n\nEnter a new BPM:", c.address, c.stake, tokens)
+}
 
 // wantLog is something that must have been logged since the last wantLog.
 func (w *world) wantLog(text string) {
@@ -292,22 +307,22 @@ func TestSession(t *testing.T) {
 		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n\nEnter a new BPM:$`).MatchString(heard) {
 			t.Fatalf("heard %q", heard)
 		}
-		c.address = strings.Fields(heard)[1]
+		c.address, c.stake = strings.Fields(heard)[1], 100
 		w.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
 		c.send("\r\n")
 		c.want("\nEnter a new BPM:")
 
 		w.advance(12100 * time.Millisecond) // 12.6 s of the round have passed
 		c.send("72\n")
-		c.want("block 1 proposed, draw in 17s\n\nEnter a new BPM:")
+		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 17s\n\nEnter a new BPM:")
 		w.advance(5 * time.Second)
 		c.send("73\r\n")
-		c.want("block 1 already proposed, draw in 12s\n\nEnter a new BPM:")
+		c.want("block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 12s\n\nEnter a new BPM:")
 		w.advance(12 * time.Second)
 		c.want("")
 		w.stdout.take() // the genesis block
 		w.advance(time.Second)
-		c.want(c.wins())
+		c.want(c.won(100))
 		w.wantLog("block 1: validator " + c.address + " wins with 100 tokens; candidates: 1, tokens: 100\n")
 		if dump := w.stdout.take(); !strings.HasPrefix(dump, "(main.Block) {\n Index: (int) 1,\n") || !strings.Contains(dump, " BPM: (int) 72,\n") {
 			t.Errorf("printed %s", dump)
@@ -323,11 +338,11 @@ func TestEverybodyHears(t *testing.T) {
 		proposer.send("72\n")
 		proposer.heard.take()
 		w.advance(30 * time.Second)
-		proposer.want(proposer.wins())
-		listener.want(proposer.wins())
+		proposer.want(proposer.won(5))
+		listener.want(proposer.wins(5))
 
 		proposer.send("73\n")
-		proposer.want("block 2 proposed, draw in 30s\n\nEnter a new BPM:")
+		proposer.want("block 2 proposed with BPM 73: 5 of 5 tokens so far, draw in 30s\n\nEnter a new BPM:")
 		w.advance(29 * time.Second)
 		proposer.want("")
 		w.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
@@ -335,9 +350,9 @@ func TestEverybodyHears(t *testing.T) {
 		if !strings.Contains(chain, `"Index":2,`) {
 			t.Errorf("the chain is %s", chain)
 		}
-		proposer.want(proposer.wins() + chain)
-		listener.want(proposer.wins() + chain)
-		guest.wantClosed("\nno token balance within 1m0s\n")
+		proposer.want(proposer.won(5) + chain)
+		listener.want(proposer.wins(5) + chain)
+		guest.want("")
 
 		w.advance(time.Minute) // rounds without a candidate say nothing
 		listener.want(chain)
@@ -399,7 +414,7 @@ func TestCutAnywhere(t *testing.T) {
 			heard := c.heard.take()
 			address := regexp.MustCompile("[0-9a-f]{64}").FindString(heard)
 			want := "Enter token balance:Enter token balance:validator " + address + " stakes 100 tokens\n\nEnter a new BPM:" +
-				"\nEnter a new BPM:block 1 proposed, draw in 30s\n\nEnter a new BPM:block 1 already proposed, draw in 30s\n\nEnter a new BPM:"
+				"\nEnter a new BPM:block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:"
 			if heard != want {
 				t.Errorf("cut at %d: heard %q\nwant %q", cut, heard, want)
 			}
@@ -439,7 +454,7 @@ func TestNumbers(t *testing.T) {
 		{line: "1 2", quote: `"1 2"`},
 		{line: "٣", quote: `"٣"`},
 		{line: ` "quoted" `, quote: `"\"quoted\""`},
-		{line: "\x1b[2J\x07\x00\xff", quote: `"\x1b[2J\a\x00\xff"`},
+		{line: "\x1b[2J\x07\x00\xff\xff", quote: `"\x1b[2J\a\x00\xff"`},
 		{line: "72\r73", quote: `"72\r73"`},
 		{line: long, quote: `"` + long + `"`},
 		{line: long + "\r", quote: `"` + long + `"`},
@@ -469,11 +484,12 @@ func TestNumbers(t *testing.T) {
 				c := w.join(100)
 				io.WriteString(c, test.line+"\n")
 				if test.bpm {
-					c.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
+					bpm, _ := strconv.Atoi(strings.TrimSpace(test.line))
+					c.want(fmt.Sprintf("block 1 proposed with BPM %d: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:", bpm))
 				} else {
 					c.wantClosed(fmt.Sprintf(badBPM, test.quote))
 					w.wantInside(0, 0)
-					w.wantLog("validator " + c.address + " dropped: not a BPM: got " + test.quote + "\n")
+					w.wantLog("validator " + c.address + " dropped: its BPM was " + test.quote + "; it forfeits its 100 tokens\n")
 				}
 			})
 		})
@@ -487,11 +503,11 @@ func TestForfeit(t *testing.T) {
 		bad.send("72\n")
 		good.send("73\n")
 		bad.send("oops\n")
-		bad.wantClosed("block 1 proposed, draw in 30s\n\nEnter a new BPM:" +
+		bad.wantClosed("block 1 proposed with BPM 72: 1000000000000 of 1000000000000 tokens so far, draw in 30s\n\nEnter a new BPM:" +
 			"BPM must be a whole number of at most 15 digits, got \"oops\": 1000000000000 staked tokens forfeited\n")
 		w.wantInside(1, 1)
 		w.advance(30 * time.Second)
-		good.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:" + good.wins())
+		good.want("block 1 proposed with BPM 73: 1 of 1000000000001 tokens so far, draw in 30s\n\nEnter a new BPM:" + good.won(1))
 	})
 }
 
@@ -505,7 +521,7 @@ func TestLastWordsAreHeard(t *testing.T) {
 			c.send(strings.Repeat("72\n", 30))
 		}
 		c.wantClosed("BPM must be a whole number of at most 15 digits, got \"oops\": 100 staked tokens forfeited\n")
-		w.advance(lastWordsLimit)
+		w.advance(lingerLimit)
 		if _, err := io.WriteString(c, "72\n"); err == nil {
 			t.Error("the connection still takes lines")
 		}
@@ -516,19 +532,19 @@ func TestNoBalance(t *testing.T) {
 	testWorld(t, func(w *world) {
 		c := w.connect()
 		c.want("Enter token balance:")
-		w.advance(59 * time.Second)
+		w.advance(10*time.Minute - time.Second)
 		c.send("\n1") // no more time for that
 		c.want("Enter token balance:")
 		w.advance(999 * time.Millisecond)
 		c.want("")
 		w.advance(time.Millisecond)
-		c.wantClosed("\nno token balance within 1m0s\n")
+		c.wantClosed("\nno token balance within 10m0s\n")
 
 		staked := w.join(100) // from then on there is no limit
 		w.advance(24 * time.Hour)
 		staked.heard.take()
 		staked.send("72\n")
-		staked.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
+		staked.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
 	})
 }
 
@@ -559,10 +575,10 @@ func TestHalfClose(t *testing.T) {
 		c := w.join(100)
 		c.send("72")
 		c.halfClose()
-		c.want("block 1 proposed, draw in 30s\n\nEnter a new BPM:")
-		w.wantLog("validator " + c.address + " leaves, its stake stays until the draw: it sends nothing more\n")
+		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
+		w.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
 		w.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
-		c.wantClosed("\nwinning validator: " + c.address + "\n")
+		c.wantClosed("\nwinning validator: " + c.address + " (you) with 100 of 100 tokens\n")
 		w.wantInside(0, 0)
 	})
 }
@@ -589,10 +605,10 @@ func TestHangUp(t *testing.T) {
 		synctest.Wait()
 		w.wantInside(2, 101)
 		w.advance(30 * time.Second)
-		stays.want(gone.wins())
+		stays.want(gone.wins(100))
 		w.wantInside(1, 1)
 		w.advance(time.Minute)
-		if n := len(w.sessions); n != 1 {
+		if n := len(w.clients); n != 1 {
 			t.Errorf("%d sessions, want 1", n)
 		}
 	})
@@ -616,17 +632,17 @@ func TestFull(t *testing.T) {
 		w.advance(30 * time.Second)
 		third := w.join(300)
 		third.send("oops\n")
-		w.advance(lastWordsLimit)
+		w.advance(lingerLimit)
 		w.join(400)
 
 		// Refusing has its bound too.
-		var turnedAway []*client
+		var turnedAway []*testClient
 		for range maxRefusals + 1 {
 			turnedAway = append(turnedAway, w.connectDeaf())
 		}
 		synctest.Wait()
-		if n := len(w.sessions); n != 2+maxRefusals {
-			t.Errorf("%d sessions, want %d", n, 2+maxRefusals)
+		if w.refusals != maxRefusals {
+			t.Errorf("%d refusals, want %d", w.refusals, maxRefusals)
 		}
 		if _, err := turnedAway[maxRefusals].Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
@@ -648,7 +664,7 @@ func TestStall(t *testing.T) {
 				w.advance(pause)
 				c.Read(make([]byte, 1))
 			}
-			if stalled := strings.Contains(w.log.take(), " leaves, its stake stays until the draw: it took nothing for 10s\n"); stalled != dropped {
+			if stalled := strings.Contains(w.log.take(), " dropped: it took nothing for 10s; its stake counts until the next draw\n"); stalled != dropped {
 				t.Errorf("a byte every %v: dropped: %v, want %v", pause, stalled, dropped)
 			}
 		})
@@ -663,20 +679,17 @@ func TestStall(t *testing.T) {
 		w.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
 		w.wantInside(0, 0)
 	})
-	for start := time.Duration(0); start < nudgeInterval; start += nudgeInterval / 10 {
-		testWorld(t, func(w *world) {
-			c := w.joinDeaf()
-			w.advance(start)
-			c.send("72\n")
-			w.log.take()
-			w.advance(10 * time.Second)
-			if logged := w.log.peek(); logged != "" {
-				t.Errorf("logged %q within 10 s", logged)
-			}
-			w.advance(2 * time.Second)
-			w.wantLog("it took nothing for 10s\n")
-		})
-	}
+	testWorld(t, func(w *world) {
+		c := w.joinDeaf()
+		c.send("72\n")
+		w.log.take()
+		w.advance(10*time.Second - time.Nanosecond)
+		if logged := w.log.peek(); logged != "" {
+			t.Errorf("logged %q within 10 s", logged)
+		}
+		w.advance(time.Nanosecond)
+		w.wantLog("it took nothing for 10s;")
+	})
 }
 
 // Draws wait for a client that does not read, but only so many.
@@ -687,7 +700,7 @@ func TestBehind(t *testing.T) {
 		deaf.send("72\n")
 		w.advance(10 * time.Millisecond)
 		w.wantInside(2, 2)
-		for range 1 + maxWaiting {
+		for range 1 + maxQueue {
 			c.send("72\n")
 			w.advance(10 * time.Millisecond)
 			w.log.take()
@@ -696,13 +709,13 @@ func TestBehind(t *testing.T) {
 	})
 	testWorld(t, func(w *world) {
 		w.joinDeaf()
-		for range 1 + maxWaiting {
-			w.server.announce(Block{})
+		for range 1 + maxQueue {
+			w.server.announce(new(validator), 0)
 		}
 		w.server.broadcast(w.lottery.chain.latest(0)) // is left out
-		s := w.sessions[0]
-		if len(s.waiting) != maxWaiting || s.err != nil {
-			t.Errorf("%d messages wait, %v, want %d", len(s.waiting), s.err, maxWaiting)
+		s := w.clients[0]
+		if len(s.queue) != maxQueue || s.err != nil {
+			t.Errorf("%d messages wait, %v, want %d", len(s.queue), s.err, maxQueue)
 		}
 	})
 }
@@ -712,24 +725,24 @@ func TestBehind(t *testing.T) {
 func TestBroadcastIsTheChains(t *testing.T) {
 	testWorld(t, func(w *world) {
 		c := w.joinDeaf()
-		s, chain := w.sessions[0], w.lottery.chain
-		w.server.announce(chain.head) // and so this is being written
+		s, chain := w.clients[0], w.lottery.chain
+		w.server.announce(new(validator), 0) // and so this is being written
 		want := func(waiting int) {
 			t.Helper()
 			w.server.broadcast(chain.latest(0))
 			synctest.Wait()
-			if len(s.waiting) != waiting {
-				t.Fatalf("%d messages wait, want %d", len(s.waiting), waiting)
+			if len(s.queue) != waiting {
+				t.Fatalf("%d messages wait, want %d", len(s.queue), waiting)
 			}
 		}
 		want(1)
-		if !slices.ContainsFunc(s.waiting[0].pieces, func(piece []byte) bool { return &piece[0] == &chain.chunks[0][0] }) {
+		if !slices.ContainsFunc(s.queue[0].pieces, func(piece []byte) bool { return &piece[0] == &chain.chunks[0][0] }) {
 			t.Errorf("the chain was copied")
 		}
 		want(1)
-		io.ReadFull(c, make([]byte, len("\nwinning validator: "+chain.head.Validator+"\n\nEnter a new BPM:\n"))) // now the chain is
+		io.ReadFull(c, make([]byte, len("\nwinning validator:  with 0 of 0 tokens\n\nEnter a new BPM:\n"))) // now the chain is
 		want(0)
-		w.server.announce(chain.head)
+		w.server.announce(new(validator), 0)
 		want(1)
 	})
 }
@@ -739,7 +752,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 func TestEachWinnerIsHeardOnce(t *testing.T) {
 	const rounds, clients = 2000, 20
 	testWorld(t, func(w *world) {
-		var all []*client
+		var all []*testClient
 		for range clients {
 			all = append(all, w.join(1+rand.IntN(1000)))
 		}
@@ -752,15 +765,15 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 					}
 				})
 			}
-			for range maxWaiting / 2 {
+			for range maxQueue / 2 {
 				w.lottery.pickWinner(time.Now(), w.server)
 			}
 			sending.Wait()
-			time.Sleep(stuckLimit) // before any falls behind
+			time.Sleep(announceStep) // before any falls behind
 			synctest.Wait()
 		}
 		chain := blocks(t, w.lottery.chain)
-		won := regexp.MustCompile("winning validator: ([0-9a-f]{64})\n")
+		won := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 		for i, c := range all {
 			heard := won.FindAllStringSubmatch(c.heard.take(), -1)
 			if len(heard) != len(chain)-1 {
@@ -775,51 +788,74 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 	})
 }
 
-// Clients that take nothing, or each message late, however many, hold up the
-// others for a moment at most when a draw is announced.
-func TestStalledHoldUpLittle(t *testing.T) {
-	for _, late := range []time.Duration{stuckLimit - time.Millisecond, 9 * time.Second} {
-		testWorld(t, func(w *world) {
-			for range 500 {
-				w.joinLate(late)
-			}
-			last := w.join(1)
-			last.send("72\n")
-			last.heard.take()
-			w.advance(30 * time.Second)
-			w.advance(10 * stuckLimit) // each time twice as many are served
-			last.want(last.wins())
-			w.advance(late)
+// Thousands of clients that take each message late, even just in time not to be given up,
+// hold up the others for half a second at most, and not the next draw.
+func TestLateClientsHoldUpLittle(t *testing.T) {
+	for _, late := range []time.Duration{1100 * time.Microsecond, 1200 * time.Microsecond, 1300 * time.Microsecond, 9 * time.Second} {
+		t.Run(late.String(), func(t *testing.T) {
+			set := func(s *server) { s.maxValidators = 4001 }
+			testWorldWith(t, set, func(w *world) {
+				for range 4000 {
+					w.joinLate(late)
+				}
+				last := w.join(1)
+				for range 2 {
+					last.send("72\n")
+					last.heard.take()
+					w.advance(29400 * time.Millisecond)
+					last.want("")
+					w.advance(600 * time.Millisecond) // half a second after the tick
+					if heard := last.heard.take(); !strings.HasPrefix(heard, last.won(1)) {
+						t.Errorf("heard %q, want %q", heard, last.won(1))
+					}
+				}
+				w.wantInside(4001, 4001)
+				w.stop()
+				w.advance(late) // the clients end
+			})
 		})
 	}
 }
 
-// While clients take what they are told, even somewhat late, few goroutines tell
-// them; and never are there more than clients, one of them stuck with each.
-func TestFewGoroutinesTell(t *testing.T) {
+// An announcement has as many workers as there are processors, twice as many after announceStep
+// and so on, but never more than clients, since each can block one.
+func TestAnnounceWorkers(t *testing.T) {
+	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
+		after   time.Duration
 		want    int
 	}{
-		{400, stuckLimit / stuckServed / 2, runtime.GOMAXPROCS(0)},
-		{3, 9 * time.Second, 3},
+		{400, time.Millisecond, announceStep / 2, processors},
+		{400, 9 * time.Second, announceStep / 2, processors},
+		{400, 9 * time.Second, announceStep * 3 / 2, 2 * processors},
+		{400, 9 * time.Second, announceStep * 5 / 2, 4 * processors},
+		{3, 9 * time.Second, announceStep * 5 / 2, 3},
+		{processors - 1, 9 * time.Second, announceStep / 2, processors - 1},
 	} {
 		testWorld(t, func(w *world) {
 			for range test.clients {
 				w.joinLate(test.late)
 			}
-			before, most := runtime.NumGoroutine(), 0
-			var telling sync.WaitGroup
-			telling.Go(func() { w.server.announce(Block{}) })
-			for range 100 {
-				most = max(most, runtime.NumGoroutine()-before-1) // without the one just above
-				time.Sleep(stuckLimit / 10)
+			before := runtime.NumGoroutine()
+			done := make(chan struct{})
+			go func() {
+				w.server.announce(new(validator), 0)
+				close(done)
+			}()
+			w.advance(test.after)
+			workers := runtime.NumGoroutine() - before
+			select {
+			case <-done:
+			default:
+				workers-- // which is the goroutine above
 			}
-			telling.Wait()
-			if most > test.want {
-				t.Errorf("%d goroutines tell %d clients, want at most %d", most, test.clients, test.want)
+			if workers != test.want {
+				t.Errorf("%d clients that are %v late: %d workers after %v, want %d", test.clients, test.late, workers, test.after, test.want)
 			}
+			<-done
+			w.stop()
 			w.advance(test.late)
 		})
 	}
@@ -863,8 +899,8 @@ func TestStop(t *testing.T) {
 		guest.wantClosed("\nserver shutting down\n")
 		member.wantClosed("\nserver shutting down\n")
 		half.wantClosed("\nserver shutting down\n")
-		if d := time.Since(start); d > stopLimit {
-			t.Errorf("stopped after %v, want at most %v", d, stopLimit)
+		if d := time.Since(start); d > stopLimit+lingerLimit {
+			t.Errorf("stopped after %v, want at most %v", d, stopLimit+lingerLimit)
 		}
 		if _, err := deaf.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
@@ -877,16 +913,16 @@ func (w *world) wantBounded() {
 	w.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, c := range w.sessions {
+	for _, c := range w.clients {
 		c.mu.Lock()
 		chains := 0
-		for _, m := range c.waiting {
+		for _, m := range c.queue {
 			if m.isChain {
 				chains++
 			}
 		}
-		if len(c.waiting) > maxWaiting || chains > 1 {
-			w.Errorf("%d messages wait for a client, %d of them the chain", len(c.waiting), chains)
+		if len(c.queue) > maxQueue || chains > 1 {
+			w.Errorf("%d messages wait for a client, %d of them the chain", len(c.queue), chains)
 		}
 		c.mu.Unlock()
 	}
@@ -942,7 +978,7 @@ func TestHostileClients(t *testing.T) {
 		},
 		"sends every byte value": func(w *world) {
 			for b := range 256 {
-				for _, c := range []*client{w.connect(), w.join(1)} {
+				for _, c := range []*testClient{w.connect(), w.join(1)} {
 					c.Write([]byte{byte(b), '\n'})
 					synctest.Wait()
 					if heard := c.heard.take(); !terminalSafe(heard) {
@@ -950,7 +986,7 @@ func TestHostileClients(t *testing.T) {
 					}
 					c.Close()
 				}
-				w.advance(lastWordsLimit)
+				w.advance(lingerLimit)
 			}
 		},
 		"closes in the middle of anything": func(w *world) {
@@ -973,8 +1009,8 @@ func TestHostileClients(t *testing.T) {
 				c.Close()
 			}
 			synctest.Wait()
-			if n := len(w.sessions); n > w.maxValidators+maxRefusals {
-				w.Errorf("%d sessions, want at most %d", n, w.maxValidators+maxRefusals)
+			if n := len(w.clients); n > w.maxValidators {
+				w.Errorf("%d clients, want at most %d", n, w.maxValidators)
 			}
 		},
 		"joins, proposes and cheats": func(w *world) {
@@ -1001,9 +1037,13 @@ func TestHostileClients(t *testing.T) {
 			testWorldWith(t, set, func(w *world) {
 				bystander := w.join(1000)
 				attack(w)
-				for round := range 5 {
+				rounds := 5
+				if name == "says nothing" {
+					rounds = 21 // until after balanceLimit
+				}
+				for round := range rounds {
 					bystander.send("72\n")
-					if heard := bystander.heard.take(); !strings.Contains(heard, "proposed, draw in ") {
+					if heard := bystander.heard.take(); !strings.Contains(heard, " proposed with BPM 72: ") {
 						t.Fatalf("round %d: the bystander heard %q", round, heard)
 					}
 					for range 30 {
@@ -1018,8 +1058,8 @@ func TestHostileClients(t *testing.T) {
 				if name == "reads a byte a second" {
 					left = 2
 				}
-				if len(w.sessions) != left || len(w.lottery.validators) != left || w.admitted != left {
-					t.Errorf("%d sessions and %d validators in %d places are left, want %d", len(w.sessions), len(w.lottery.validators), w.admitted, left)
+				if len(w.clients) != left || len(w.lottery.validators) != left || w.refusals != 0 {
+					t.Errorf("%d clients, %d validators and %d refusals are left, want %d", len(w.clients), len(w.lottery.validators), w.refusals, left)
 				}
 				if logged := w.log.take(); !terminalSafe(logged) {
 					t.Errorf("logged %q", logged)
@@ -1033,7 +1073,7 @@ func TestHostileClients(t *testing.T) {
 func TestStopWithTenThousand(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 10_000 }
 	testWorldWith(t, set, func(w *world) {
-		var all []*client
+		var all []*testClient
 		for i := range w.maxValidators {
 			switch i % 3 {
 			case 0:
@@ -1061,28 +1101,112 @@ func TestStopWithTenThousand(t *testing.T) {
 	})
 }
 
+// telnetCommands matches telnet's commands in text that has a rune for each byte:
+// RFC 854, and RFC 855 for subnegotiations.
+var telnetCommands = regexp.MustCompile(`(?s)\x{ff}\x{ff}|` +
+	`\x{ff}\x{fa}(?:[^\x{ff}]|\x{ff}[^\x{f0}])*(?:\x{ff}\x{f0}|\x{ff}?\z)|` +
+	`\x{ff}[\x{fb}-\x{fe}](?:.|\z)|` +
+	`\x{ff}(?:.|\z)`)
+
+// withoutTelnet returns what is left of the bytes without telnet's commands, up to the end
+// of the last line before an interrupt if there is one.
+func withoutTelnet(sent []byte) (left []byte, interrupted bool) {
+	var runes []rune
+	for _, b := range sent {
+		runes = append(runes, rune(b))
+	}
+	text := telnetCommands.ReplaceAllStringFunc(string(runes), func(command string) string {
+		switch command {
+		case "\u00ff\u00ff":
+			return "\u00ff"
+		case "\u00ff\u00f4", "\u00ff\u00f3":
+			return "INTERRUPT"
+		}
+		return ""
+	})
+	text, _, interrupted = strings.Cut(text, "INTERRUPT")
+	if interrupted {
+		text = text[:strings.LastIndex(text, "\n")+1]
+	}
+	for _, r := range text {
+		left = append(left, byte(r))
+	}
+	return left, interrupted
+}
+
+// Telnet's commands, cut anywhere, change nothing; an interrupt hangs up.
+func TestTelnet(t *testing.T) {
+	for _, sent := range []string{
+		"\xff\xfb\x1f\xff\xfb\x20\xff\xfb\x18\xff\xfb\x27\xff\xfd\x01\xff\xfb\x03\xff\xfd\x03100\r\n72\r\n", // as PuTTY
+		"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\n\xff\xfe\xff7\xff\xf12\n",                                   // options that look like something else
+		"100\n7\xff\xfa\x18\x00xterm\xff\xff\xf0\xff\xf4\n\xff\xf02\n",                                      // a subnegotiation with all in it
+		"100\n\xff\xff\n",   // a byte 0xff
+		"100\n\xff\xfa72\n", // one that never ends
+		"100\n72\xff",       // cut short
+		"100\n72\xff\xfb",
+		"100\n\xff\xf9\xff\xf0" + strings.Repeat("0", 62) + "\xff\xfb\x0172\n", // as long as a line may be
+		"100\n72\n7\xff\xf4\xff\xfd\x06",                                       // Ctrl-C
+		"100\n72\n\xff\xf3 73\n",                                               // Break
+		"10\xff\xf40\n",
+		"\xff\xf4100\n",
+	} {
+		for cut := range len(sent) {
+			wantSameWithoutTelnet(t, []byte(sent), cut)
+		}
+	}
+}
+
+// wantSameWithoutTelnet checks that a client hears, and has logged, the same whether or
+// not there are telnet's commands in what it sends, cut into two parts.
+func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
+	t.Helper()
+	left, interrupted := withoutTelnet(sent)
+	heard, logged := transcript(t, sent[:cut], sent[cut:])
+	want, wantLogged := transcript(t, bytes.ReplaceAll(left, []byte("\xff"), []byte("\xff\xff")))
+	if interrupted { // hears less
+		want = want[:min(len(want), len(heard))]
+	}
+	if heard != want || logged != wantLogged {
+		t.Errorf("%q cut at %d: heard %q\nlogged %q\nwithout commands, %q: heard %q\nlogged %q", sent, cut, heard, logged, left, want, wantLogged)
+	}
+}
+
+// Telnet's Ctrl-C closes the connection at once; stake and block stay for the draw.
+func TestInterrupt(t *testing.T) {
+	testWorld(t, func(w *world) {
+		c, other := w.join(100), w.join(1)
+		c.send("72\n")
+		c.heard.take()
+		c.send("7\xff\xf4\xff\xfd\x06")
+		c.wantClosed("")
+		w.wantInside(2, 101)
+		w.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
+		w.advance(30 * time.Second)
+		other.want(c.wins(100))
+		w.wantInside(1, 1)
+	})
+}
+
 // FuzzSession says that whatever a client sends, it hears the same however that is
-// cut, and nothing that a terminal would obey.
+// cut, and without telnet's commands, and nothing that controls a terminal.
 func FuzzSession(f *testing.F) {
 	f.Add([]byte("100\n72\n\n73\r\noops\n72\n"), uint16(5))
 	f.Add([]byte(" +5 \r\n-999999999999999"), uint16(20))
-	f.Add([]byte("\x1b[2J\xff\x00\n"), uint16(2))
+	f.Add([]byte("\x1b[2J\xff\xff\x00\n"), uint16(2))
 	f.Add([]byte("1\n"+strings.Repeat("0", 64)+"\r\n"+strings.Repeat("0", 65)+"\n"), uint16(67))
+	f.Add([]byte("\xff\xfb\x1f100\n\xff\xfa\x18\x00x\xff\xf072\n7\xff\xf4\xff\xfd\x06"), uint16(9))
 	f.Fuzz(func(t *testing.T, sent []byte, cut uint16) {
 		at := min(int(cut), len(sent))
-		whole := transcript(t, sent)
-		if parts := transcript(t, sent[:at], sent[at:]); parts != whole {
-			t.Errorf("cut at %d: %q\nwhole:   %q", at, parts, whole)
-		}
-		if !terminalSafe(whole) {
-			t.Errorf("said or logged: %q", whole)
+		wantSameWithoutTelnet(t, sent, at)
+		if heard, logged := transcript(t, sent); !terminalSafe(heard) || !terminalSafe(logged) {
+			t.Errorf("heard %q\nlogged %q", heard, logged)
 		}
 	})
 }
 
 // transcript is what a client hears, and what is logged, from its connecting to
 // the draw after it has sent the parts and closed its sending half.
-func transcript(t *testing.T, parts ...[]byte) (text string) {
+func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
 	testWorld(t, func(w *world) {
 		c := w.connect()
 		for _, part := range parts {
@@ -1092,7 +1216,8 @@ func transcript(t *testing.T, parts ...[]byte) (text string) {
 		c.halfClose()
 		w.advance(30 * time.Second)
 		c.wantClosed(c.heard.peek())
-		text = c.heard.take() + w.log.take()
+		heard, logged = c.heard.take(), w.log.take()
 	})
-	return regexp.MustCompile("[0-9a-f]{64}").ReplaceAllString(text, "ADDRESS")
+	address := regexp.MustCompile("[0-9a-f]{64}")
+	return address.ReplaceAllString(heard, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")
 }

@@ -19,13 +19,14 @@ import (
 // each have 10^18 tokens, so no total overflows an int64.
 const maxStake = 1_000_000_000_000
 
-// A validator takes part in the lottery, from its join until it is disqualified
-// or the draw after its leave. The lottery's mutex guards it.
+// A validator takes part in the lottery from its join until it is disqualified, or
+// until the first draw after its disconnect. address and stake never change; the
+// lottery's mutex guards the rest.
 type validator struct {
 	address string        // 64 hexadecimal digits
 	stake   int64         // tokens, 1 to maxStake
-	slot    int           // of its block in the round's tempBlocks, if that block is its own
-	gone    chan struct{} // made by leave, closed by the draw after it
+	index   int           // of its candidate in the round's tempBlocks, if there is one
+	removed chan struct{} // made by disconnect, closed by the first draw after it
 }
 
 // A lotteryPool holds the stakes of a round's candidates. It stands for the
@@ -50,37 +51,49 @@ func (p lotteryPool) winner(ticket int64) int {
 // has won: made at once, as in the tutorial, it would follow a block that may
 // no longer be the newest by then.
 type candidate struct {
-	address  string // of the validator
-	bpm      int
-	proposed time.Time
+	validator *validator
+	bpm       int
+	proposed  time.Time
 }
 
 // A round is what one draw decides on.
 type round struct {
-	index      int          // of the block that the winner gets
-	tempBlocks []candidate  // at most one a validator, in no order
-	pool       lotteryPool  // their stakes, in the order of tempBlocks
-	departed   []*validator // who left, and is gone after the draw
+	index        int          // of the block that the winner gets
+	tempBlocks   []candidate  // at most one a validator, in no order
+	pool         lotteryPool  // their stakes, in the order of tempBlocks
+	disconnected []*validator // to be removed after the draw
 }
 
 // has reports whether the validator has a candidate in the round.
 func (r *round) has(v *validator) bool {
-	return v.slot < len(r.tempBlocks) && r.tempBlocks[v.slot].address == v.address
+	return v.index < len(r.tempBlocks) && r.tempBlocks[v.index].validator == v
 }
 
-// add puts the validator's candidate in.
-func (r *round) add(v *validator, c candidate) {
-	v.slot = len(r.tempBlocks)
+// add adds a candidate to the round.
+func (r *round) add(c candidate) {
+	c.validator.index = len(r.tempBlocks)
 	r.tempBlocks = append(r.tempBlocks, c)
-	r.pool.stakes = append(r.pool.stakes, v.stake)
-	r.pool.total += v.stake
+	r.pool.stakes = append(r.pool.stakes, c.validator.stake)
+	r.pool.total += c.validator.stake
 }
 
-// An audience hears what the lottery has to tell. It must not make the lottery
-// wait.
-type audience interface {
-	announce(winner Block)
-	broadcast(chain [][]byte) // what Blockchain.latest returned
+// remove removes the validator's candidate, if there is one, from the round.
+func (r *round) remove(v *validator) {
+	if !r.has(v) {
+		return
+	}
+	last := len(r.tempBlocks) - 1
+	r.tempBlocks[last].validator.index = v.index
+	r.tempBlocks[v.index], r.pool.stakes[v.index] = r.tempBlocks[last], r.pool.stakes[last]
+	r.tempBlocks, r.pool.stakes = r.tempBlocks[:last], r.pool.stakes[:last]
+	r.pool.total -= v.stake
+}
+
+// An announcer sends the lottery's results to all validators, without waiting for
+// slow ones.
+type announcer interface {
+	announce(winner *validator, tokens int64) // the tokens that were in the draw
+	broadcast(chain [][]byte)                 // what Blockchain.latest returned
 }
 
 // A lottery decides, round by round, whose block joins the chain.
@@ -131,54 +144,60 @@ func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64)
 	return v, len(l.validators), l.tokens
 }
 
-// propose makes a candidate for the validator, unless it has one in this round.
-// It returns the Index that the candidate's block would get, whether the candidate
-// is a new one, and the time to the draw.
-func (l *lottery) propose(v *validator, bpm int) (index int, added bool, drawIn time.Duration) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if added = !l.round.has(v); added {
-		l.round.add(v, candidate{v.address, bpm, time.Now()})
-	}
-	return l.round.index, added, l.roundInterval - time.Since(l.lastTick)%l.roundInterval
+// A proposal is a validator's candidate in the open round.
+type proposal struct {
+	index  int // that its block would get
+	bpm    int
+	added  bool          // it is new, and not an earlier one that stands
+	tokens int64         // of all that have a candidate in the round so far
+	drawIn time.Duration // until the next tick
 }
 
-// disqualify puts the validator out at once, with its stake and its candidate.
+// propose makes a candidate for the validator, unless it has one in this round.
+func (l *lottery) propose(v *validator, bpm int) proposal {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	added := !l.round.has(v)
+	if added {
+		l.round.add(candidate{v, bpm, time.Now()})
+	}
+	return proposal{
+		index:  l.round.index,
+		bpm:    l.round.tempBlocks[v.index].bpm,
+		added:  added,
+		tokens: l.round.pool.total,
+		drawIn: l.roundInterval - time.Since(l.lastTick)%l.roundInterval,
+	}
+}
+
+// disqualify removes the validator at once, with its stake and its candidate.
 func (l *lottery) disqualify(v *validator) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if r := &l.round; r.has(v) {
-		last := len(r.tempBlocks) - 1
-		moved := l.validators[r.tempBlocks[last].address]
-		moved.slot = v.slot
-		r.tempBlocks[v.slot], r.pool.stakes[v.slot] = r.tempBlocks[last], r.pool.stakes[last]
-		r.tempBlocks, r.pool.stakes = r.tempBlocks[:last], r.pool.stakes[:last]
-		r.pool.total -= v.stake
-	}
-	l.remove(v)
+	l.round.remove(v)
+	l.removeLocked(v)
 }
 
-// remove takes the validator and its stake off the books. mu is held.
-func (l *lottery) remove(v *validator) {
+// removeLocked removes the validator and its stake. l.mu must be held.
+func (l *lottery) removeLocked(v *validator) {
 	delete(l.validators, v.address)
 	l.tokens -= v.stake
 }
 
-// leave takes note that the validator has nothing more to say. Its stake and
-// its candidate stay until the draw; when that is over and announced, the
-// channel is closed.
-func (l *lottery) leave(v *validator) <-chan struct{} {
+// disconnect has the validator removed after the open round's draw, in which its
+// stake and its candidate still count. Then the channel is closed.
+func (l *lottery) disconnect(v *validator) <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	v.gone = make(chan struct{})
-	l.round.departed = append(l.round.departed, v)
-	return v.gone
+	v.removed = make(chan struct{})
+	l.round.disconnected = append(l.round.disconnected, v)
+	return v.removed
 }
 
 // run draws a winner at every tick and broadcasts the chain at every tick of
 // another ticker, until ctx is done or the chain is lost. Where both tick at once
 // the draw comes first. A draw that takes longer than a round skips ticks.
-func (l *lottery) run(ctx context.Context, everyone audience) error {
+func (l *lottery) run(ctx context.Context, validators announcer) error {
 	draws := time.NewTicker(l.roundInterval)
 	defer draws.Stop()
 	broadcasts := time.NewTicker(l.broadcastInterval)
@@ -190,29 +209,29 @@ func (l *lottery) run(ctx context.Context, everyone audience) error {
 		case <-ctx.Done():
 			return nil
 		case tick := <-draws.C:
-			if err := l.pickWinner(tick, everyone); err != nil {
+			if err := l.pickWinner(tick, validators); err != nil {
 				return err
 			}
 		case <-broadcasts.C:
 			select {
 			case tick := <-draws.C:
-				if err := l.pickWinner(tick, everyone); err != nil {
+				if err := l.pickWinner(tick, validators); err != nil {
 					return err
 				}
 			default:
 			}
-			everyone.broadcast(l.chain.latest(l.broadcastBlocks))
+			validators.broadcast(l.chain.latest(l.broadcastBlocks))
 		}
 	}
 }
 
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
-// the chain, announces and prints it, and lets the departed go. While the block
-// is being added the next round is open already, since that may take long and
-// must not hold up anybody. If adding it fails, both rounds become one, and of the
-// departed those with a candidate stay for its draw. The error is errChainLost,
-// after which no draw can succeed.
-func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
+// the chain, announces and prints it, and removes the disconnected validators. While
+// the block is written the next round is open already, since that may take long
+// and nobody should wait for it. If writing it fails, both rounds become one, and the
+// disconnected validators that have a candidate in it stay for its draw. The error
+// is errChainLost, after which no draw can succeed.
+func (l *lottery) pickWinner(tick time.Time, validators announcer) error {
 	l.mu.Lock()
 	drawn := l.round
 	l.round = round{index: drawn.index + min(len(drawn.tempBlocks), 1)}
@@ -220,32 +239,32 @@ func (l *lottery) pickWinner(tick time.Time, everyone audience) error {
 	l.mu.Unlock()
 
 	if len(drawn.tempBlocks) > 0 {
-		slot := drawn.pool.winner(drawTicket(drawn.pool.total))
-		won := drawn.tempBlocks[slot]
-		winner := generateBlock(l.chain.head, won.bpm, won.address, won.proposed)
-		switch err := l.chain.append(winner); {
+		won := drawn.tempBlocks[drawn.pool.winner(drawTicket(drawn.pool.total))]
+		winner := won.validator
+		block := generateBlock(l.chain.head, won.bpm, winner.address, won.proposed)
+		switch err := l.chain.append(block); {
 		case errors.Is(err, errChainLost):
 			return err
 		case err != nil:
-			l.log.Printf("nothing drawn, the %d candidates stay for the next draw: %v", len(drawn.tempBlocks), err)
-			l.reopen(drawn)
+			l.log.Printf("no winner: block %d cannot be written; its %d candidates go into the next draw: %v", block.Index, len(drawn.tempBlocks), err)
+			l.restore(drawn)
 		default:
 			l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
-				winner.Index, winner.Validator, drawn.pool.stakes[slot], len(drawn.tempBlocks), drawn.pool.total)
-			everyone.announce(winner)
-			l.dump(winner)
+				block.Index, winner.address, winner.stake, len(drawn.tempBlocks), drawn.pool.total)
+			validators.announce(winner, drawn.pool.total)
+			l.dump(block)
 		}
 	}
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, v := range drawn.departed {
+	for _, v := range drawn.disconnected {
 		if l.round.has(v) {
-			l.round.departed = append(l.round.departed, v)
+			l.round.disconnected = append(l.round.disconnected, v)
 			continue
 		}
-		l.remove(v)
-		close(v.gone)
+		l.removeLocked(v)
+		close(v.removed)
 	}
 	return nil
 }
@@ -256,23 +275,21 @@ func drawTicket(total int64) int64 {
 	return ticket.Int64()
 }
 
-// reopen takes a draw back: its candidates are in the open round again, instead of
-// any that the same validators have proposed since.
-func (l *lottery) reopen(drawn round) {
+// restore puts the candidates of a failed draw back into the open round, where they
+// replace what the same validators have proposed since.
+func (l *lottery) restore(drawn round) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	since := l.round
-	l.round = round{index: drawn.index, departed: since.departed}
+	l.round = round{index: drawn.index, disconnected: since.disconnected}
 	for _, c := range append(drawn.tempBlocks, since.tempBlocks...) {
-		if v, in := l.validators[c.address]; in && !l.round.has(v) {
-			l.round.add(v, c)
+		if _, in := l.validators[c.validator.address]; in && !l.round.has(c.validator) {
+			l.round.add(c)
 		}
 	}
 }
 
 // dump prints a block of the chain, in one write.
 func (l *lottery) dump(block Block) {
-	if _, err := io.WriteString(l.stdout, spew.Sdump(block)); err != nil {
-		l.log.Printf("cannot print block %d: %v", block.Index, err)
-	}
+	io.WriteString(l.stdout, spew.Sdump(block))
 }

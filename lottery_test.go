@@ -9,6 +9,7 @@ import (
 	"log"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -101,16 +102,22 @@ func TestSharesFitStakes(t *testing.T) {
 	}
 }
 
-// A crowd is an audience that remembers the winners.
-type crowd struct {
+// A recorder is an announcer that records the winners, and a standard output.
+type recorder struct {
 	winners []string
-	printed int // how many winners there were when a block was last printed
+	tokens  int64 // that were in the last draw
+	printed int   // how many winners there were when a block was last printed
 }
 
-func (c *crowd) announce(winner Block)    { c.winners = append(c.winners, winner.Validator) }
-func (c *crowd) broadcast(chain [][]byte) {}
-func (c *crowd) Write(p []byte) (int, error) {
-	c.printed = len(c.winners)
+func (r *recorder) announce(winner *validator, tokens int64) {
+	r.winners = append(r.winners, winner.address)
+	r.tokens = tokens
+}
+
+func (r *recorder) broadcast(chain [][]byte) {}
+
+func (r *recorder) Write(p []byte) (int, error) {
+	r.printed = len(r.winners)
 	return len(p), nil
 }
 
@@ -130,7 +137,7 @@ func joinMany(l *lottery, stakes ...int64) (vs []*validator) {
 }
 
 func TestRounds(t *testing.T) {
-	l, heard := testLottery(t), new(crowd)
+	l, heard := testLottery(t), new(recorder)
 	l.stdout = heard
 	draw := func() { l.pickWinner(time.Now(), heard) }
 	want := func(winners ...string) {
@@ -146,11 +153,11 @@ func TestRounds(t *testing.T) {
 	vs := joinMany(l, 10, maxStake, 1)
 	draw() // nobody has proposed
 	want()
-	if index, added, _ := l.propose(vs[0], 72); index != 1 || !added {
-		t.Errorf("propose: %d, %v", index, added)
+	if p := l.propose(vs[0], 72); p.index != 1 || !p.added {
+		t.Errorf("propose: %d, %v", p.index, p.added)
 	}
-	if index, added, _ := l.propose(vs[0], 73); index != 1 || added {
-		t.Errorf("propose again: %d, %v", index, added)
+	if p := l.propose(vs[0], 73); p.index != 1 || p.added {
+		t.Errorf("propose again: %d, %v", p.index, p.added)
 	}
 	draw() // one candidate
 	want(vs[0].address)
@@ -179,7 +186,7 @@ func TestRounds(t *testing.T) {
 	// Gone between its block and the draw.
 	v := joinMany(l, 5)[0]
 	l.propose(v, 72)
-	gone := l.leave(v)
+	gone := l.disconnect(v)
 	draw()
 	want(v.address)
 	<-gone
@@ -195,8 +202,8 @@ func TestDrawIn(t *testing.T) {
 		l := testLottery(t)
 		v := joinMany(l, 1)[0]
 		time.Sleep(150 * time.Minute)
-		if _, _, drawIn := l.propose(v, 72); drawIn != 30*time.Minute {
-			t.Errorf("draw in %v, want 30m", drawIn)
+		if p := l.propose(v, 72); p.drawIn != 30*time.Minute {
+			t.Errorf("draw in %v, want 30m", p.drawIn)
 		}
 	})
 }
@@ -227,7 +234,7 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 			if l.round.has(v) {
 				candidates++
 				want += stake
-				if got := l.round.pool.stakes[v.slot]; got != stake {
+				if got := l.round.pool.stakes[v.index]; got != stake {
 					t.Fatalf("the pool has a stake of %d, want %d", got, stake)
 				}
 			}
@@ -243,7 +250,7 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 func TestClockIsSet(t *testing.T) {
 	for _, by := range []time.Duration{-time.Hour, time.Hour} {
 		name, _ := newChainFile(t, 1)
-		l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(crowd)
+		l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
 		l.roundInterval = 30 * time.Second
 		v := joinMany(l, 1)[0]
 
@@ -251,7 +258,7 @@ func TestClockIsSet(t *testing.T) {
 		if err := l.pickWinner(setClock(tick, by), heard); err != nil {
 			t.Fatal(err)
 		}
-		_, _, drawIn := l.propose(v, 72)
+		drawIn := l.propose(v, 72).drawIn
 		if want := l.roundInterval - time.Since(tick); drawIn < want || drawIn > l.roundInterval {
 			t.Errorf("with the clock set by %v: draw in %v, want from %v to %v", by, drawIn, want, l.roundInterval)
 		}
@@ -278,7 +285,7 @@ func setClock(t time.Time, d time.Duration) time.Time {
 func TestDrawFails(t *testing.T) {
 	name, _ := newChainFile(t, 1)
 	var logged bytes.Buffer
-	l, heard := newLottery(open(t, name), io.Discard, log.New(&logged, "", 0)), new(crowd)
+	l, heard := newLottery(open(t, name), io.Discard, log.New(&logged, "", 0)), new(recorder)
 	l.roundInterval = time.Hour
 	file := &hookedFile{chainFile: l.chain.file}
 	l.chain.file = file
@@ -288,21 +295,21 @@ func TestDrawFails(t *testing.T) {
 	for _, v := range []*validator{first, second, cheat} {
 		l.propose(v, 72)
 	}
-	gone, visitorGone := l.leave(second), l.leave(visitor)
+	gone, visitorGone := l.disconnect(second), l.disconnect(visitor)
 	file.sync = func() error {
 		for _, v := range []*validator{late, first} {
-			if index, added, _ := l.propose(v, 73); index != 2 || !added {
-				t.Errorf("propose: %d, %v, want block 2", index, added)
+			if p := l.propose(v, 73); p.index != 2 || !p.added {
+				t.Errorf("propose: %d, %v, want block 2", p.index, p.added)
 			}
 		}
-		l.leave(leaver)
+		l.disconnect(leaver)
 		l.disqualify(cheat)
 		return errors.New("input/output error")
 	}
 	if err := l.pickWinner(time.Now(), heard); err != nil {
 		t.Fatal(err)
 	}
-	if len(heard.winners) != 0 || logged.String() != "nothing drawn, the 3 candidates stay for the next draw: input/output error\n" {
+	if len(heard.winners) != 0 || logged.String() != "no winner: block 1 cannot be written; its 3 candidates go into the next draw: input/output error\n" {
 		t.Errorf("winners %v, logged %q", heard.winners, &logged)
 	}
 	select {
@@ -313,18 +320,18 @@ func TestDrawFails(t *testing.T) {
 	<-visitorGone
 	bpms := make(map[string]int)
 	for _, c := range l.round.tempBlocks {
-		bpms[c.address] = c.bpm
+		bpms[c.validator.address] = c.bpm
 	}
 	if len(bpms) != 3 || len(l.round.tempBlocks) != 3 || bpms[first.address] != 72 || bpms[second.address] != 72 || bpms[late.address] != 73 || l.round.pool.total != 321 {
 		t.Errorf("candidates %v with %d tokens", l.round.tempBlocks, l.round.pool.total)
 	}
-	if index, added, _ := l.propose(late, 74); index != 1 || added {
-		t.Errorf("propose: %d, %v, want block 1 as before", index, added)
+	if p := l.propose(late, 74); p.index != 1 || p.added {
+		t.Errorf("propose: %d, %v, want block 1 as before", p.index, p.added)
 	}
 
 	file.sync = func() error {
-		if index, added, _ := l.propose(late, 75); index != 2 || !added {
-			t.Errorf("propose: %d, %v, want block 2", index, added)
+		if p := l.propose(late, 75); p.index != 2 || !p.added {
+			t.Errorf("propose: %d, %v, want block 2", p.index, p.added)
 		}
 		return nil
 	}
@@ -347,7 +354,7 @@ func TestDrawFails(t *testing.T) {
 // A chain that is lost ends the run, without a word to the validators.
 func TestChainIsLost(t *testing.T) {
 	name, _ := newChainFile(t, 1)
-	l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(crowd)
+	l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
 	l.roundInterval, l.broadcastInterval = time.Millisecond, time.Hour
 	l.propose(joinMany(l, 1)[0], 72)
 	if err := os.Remove(name); err != nil {
@@ -365,7 +372,7 @@ func TestChainIsLost(t *testing.T) {
 // and who was told of a block of its own has been in that draw.
 func TestProposeWhileDrawing(t *testing.T) {
 	const rounds, proposers = 5000, 8
-	l, heard := testLottery(t), new(crowd)
+	l, heard := testLottery(t), new(recorder)
 	ctx, stop := context.WithCancel(t.Context())
 	var proposing sync.WaitGroup
 	for i := range proposers {
@@ -373,17 +380,18 @@ func TestProposeWhileDrawing(t *testing.T) {
 			random := rand.New(rand.NewPCG(5, uint64(i)))
 			v := joinMany(l, 1+random.Int64N(maxStake))[0]
 			for last := 0; ctx.Err() == nil; {
-				index, added, _ := l.propose(v, random.IntN(200))
-				if added == (index == last) || index < last {
-					t.Errorf("proposed block %d, added: %v, after block %d", index, added, last)
+				p := l.propose(v, random.IntN(200))
+				if p.added == (p.index == last) || p.index < last {
+					t.Errorf("proposed block %d, added: %v, after block %d", p.index, p.added, last)
 				}
-				last = index
+				last = p.index
+				runtime.Gosched() // or one processor alone would hardly draw
 				switch random.IntN(10) {
 				case 0:
 					l.disqualify(v)
 					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
 				case 1:
-					l.leave(v)
+					l.disconnect(v)
 					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
 				}
 			}
@@ -391,6 +399,7 @@ func TestProposeWhileDrawing(t *testing.T) {
 	}
 	for len(heard.winners) < rounds {
 		l.pickWinner(time.Now(), heard)
+		runtime.Gosched()
 	}
 	stop()
 	proposing.Wait()
@@ -403,7 +412,7 @@ func TestProposeWhileDrawing(t *testing.T) {
 	if len(chain) != 1+len(heard.winners) {
 		t.Errorf("%d blocks for %d winners", len(chain), len(heard.winners))
 	}
-	if len(l.validators) > proposers+len(l.round.departed) {
+	if len(l.validators) > proposers+len(l.round.disconnected) {
 		t.Errorf("%d validators are left", len(l.validators))
 	}
 }

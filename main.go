@@ -13,6 +13,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	_ "embed"
@@ -21,12 +22,15 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"maps"
 	"math"
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -46,12 +50,15 @@ validator stakes, the better its chance. Everyone hears who won, and once a
 minute gets the chain. The server prints each block that joins the chain on
 standard output and its log on standard error. Ctrl-C stops it.
 
+The chain is kept in CHAIN_FILE and goes on when the server is started again.
+To begin a new chain, stop the server and move that file away.
+
 Settings are read from the environment, then from the file .env in the working
 directory, then from these defaults:
 
 `
 
-// envExample documents every setting and is where the defaults stand.
+// envExample documents every setting and holds the defaults.
 //
 //go:embed .env.example
 var envExample string
@@ -63,30 +70,39 @@ func main() {
 			fmt.Print(usage, envExample)
 			return
 		}
-		fmt.Fprintf(os.Stderr, "proof-of-stake takes no arguments but -h, got %q\n", os.Args[1:])
+		fmt.Fprintf(os.Stderr, "proof-of-stake takes no arguments but -h, and was given %q; settings go before it, as in PORT=9100 proof-of-stake\n", os.Args[1:])
 		os.Exit(2)
 	}
-	logger := log.New(os.Stderr, "", log.LstdFlags)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
-	signal.Ignore(syscall.SIGPIPE) // the validators stay when whoever reads the blocks does not
-	if err := run(ctx, os.Stdout, logger); err != nil {
-		logger.Fatal(err)
+	signal.Ignore(syscall.SIGPIPE) // so that a closed pipe is an error of the write
+
+	stderr := &output{file: os.Stderr, name: "the log", unit: "lines"}
+	logger := log.New(stderr, "", log.LstdFlags)
+	stderr.notices = log.New(noticeWriter{stderr}, "", log.LstdFlags)
+	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", notices: stderr.notices}
+	err := run(ctx, stdout, logger)
+	if err != nil {
+		logger.Print(err)
+	}
+	end := time.Now().Add(flushLimit)
+	stdout.flush(end)
+	stderr.flush(end.Add(flushLimit / 10)) // for what standard output left out
+	if err != nil {
+		os.Exit(1)
 	}
 }
 
 // run is the server from its settings to its stop, which is when ctx is done or
-// when the chain's file is not its own any more.
+// when the chain's file is lost.
 func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
-	set, err := readSettings()
+	set, unknown, err := readSettings()
 	if err != nil {
 		return err
 	}
-	port := strconv.Itoa(set.port)
-	listener, err := net.Listen("tcp", net.JoinHostPort(set.host, port))
+	listener, err := listen(set.host, set.port)
 	if err != nil {
-		return fmt.Errorf("cannot use %q for PORT with %q for HOST: want a free port of an address of this machine: %w",
-			port, set.host, err)
+		return err
 	}
 	chain, err := openBlockchain(set.chainFile, logger)
 	if err != nil {
@@ -94,6 +110,15 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	}
 	logger.Printf("listening on %v; join with: nc %s %d", listener.Addr(),
 		cmp.Or(set.host, "localhost"), listener.Addr().(*net.TCPAddr).Port)
+	if set.chainFile == "" {
+		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
+	} else {
+		logger.Printf("the chain is in %q; blocks: %d", set.chainFile, chain.head.Index+1)
+	}
+	logger.Printf("a draw every %v, a broadcast of the chain every %v", set.roundInterval, set.broadcastInterval)
+	for _, key := range unknown {
+		logger.Printf("warning: %s in .env is no setting; the settings are in .env.example, or: proof-of-stake -h", key)
+	}
 
 	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
@@ -117,6 +142,143 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	return err
 }
 
+// listen listens on the port of the host.
+func listen(host string, port int) (net.Listener, error) {
+	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		other := 9100
+		if port == other {
+			other = 9200
+		}
+		return nil, fmt.Errorf("cannot listen on port %d: it is in use; choose another: PORT=%d", port, other)
+	case err != nil:
+		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST, which must be a name or an address of this machine, or empty for all of them: %w", port, host, err)
+	}
+	return listener, nil
+}
+
+const (
+	maxOutput  = 1 << 20     // bytes that wait for each output
+	maxNotices = 4 << 10     // bytes in addition, of what the log says about left out writes
+	flushLimit = time.Second // from the end of the last connection to the end of the outputs
+)
+
+var errNotRead = errors.New("it was not read")
+
+// An output is standard output or standard error. Whoever reads it may stop reading,
+// as a terminal does after Ctrl-S; so Write only queues, and a goroutine that exists
+// while something is queued writes. When more than maxOutput bytes would be
+// queued, writes are left out until the queue has been written. Then the log says how
+// many they were.
+type output struct {
+	file    io.Writer
+	name    string
+	unit    string // of what one Write writes, in the plural
+	notices *log.Logger
+
+	mu      sync.Mutex    // guards the following; never held during a write
+	queue   [][]byte      // the first one is being written
+	size    int           // bytes in queue
+	omitted int           // writes left out since the last notice
+	err     error         // of the last of them that was tried
+	empty   chan struct{} // not nil: closed when the queue is empty
+}
+
+// Write never waits and never fails.
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.size+len(p) > maxOutput || o.omitted > 0 && len(o.queue) > 0 {
+		o.omitted++
+	} else {
+		o.enqueueLocked(p)
+	}
+	return len(p), nil
+}
+
+// A noticeWriter writes to an output whose writes are being left out.
+type noticeWriter struct{ *output }
+
+func (w noticeWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.size+len(p) <= maxOutput+maxNotices {
+		w.enqueueLocked(p)
+	}
+	return len(p), nil
+}
+
+// enqueueLocked queues a write. o.mu must be held.
+func (o *output) enqueueLocked(p []byte) {
+	o.queue = append(o.queue, bytes.Clone(p))
+	o.size += len(p)
+	if len(o.queue) == 1 {
+		go o.writeQueue()
+	}
+}
+
+// writeQueue writes until the queue is empty.
+func (o *output) writeQueue() {
+	var err error
+	o.mu.Lock()
+	for len(o.queue) > 0 {
+		next := o.queue[0]
+		o.mu.Unlock()
+		_, err = o.file.Write(next)
+		o.mu.Lock()
+		o.queue = o.queue[1:]
+		o.size -= len(next)
+		if err != nil {
+			o.omitted++
+			o.err = err
+		}
+	}
+	o.mu.Unlock()
+	if err == nil {
+		o.logOmitted()
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.empty != nil && len(o.queue) == 0 {
+		close(o.empty)
+		o.empty = nil
+	}
+}
+
+// logOmitted has the log say how many writes have been left out since the last time,
+// if any.
+func (o *output) logOmitted() {
+	o.mu.Lock()
+	omitted, err := o.omitted, o.err
+	o.omitted, o.err = 0, nil
+	o.mu.Unlock()
+	if omitted > 0 {
+		o.notices.Printf("%s left out of %s: %d; %v", o.unit, o.name, omitted, cmp.Or(err, errNotRead))
+	}
+}
+
+// flush waits until everything is written, until end at most, and has the log say
+// what is left out for good.
+func (o *output) flush(end time.Time) {
+	empty := make(chan struct{})
+	o.mu.Lock()
+	if len(o.queue) == 0 {
+		close(empty)
+	} else {
+		o.empty = empty
+	}
+	o.mu.Unlock()
+	select {
+	case <-empty:
+	case <-time.After(time.Until(end)):
+	}
+	o.mu.Lock()
+	o.omitted += len(o.queue)
+	o.mu.Unlock()
+	o.logOmitted()
+}
+
 // settings are explained in .env.example.
 type settings struct {
 	port              int
@@ -130,15 +292,21 @@ type settings struct {
 
 // readSettings takes each setting from the nearest place that has it: first the
 // environment, that is, whoever starts the server; then .env, which belongs to the
-// directory; then .env.example. Its error has one line for each fault.
-func readSettings() (settings, error) {
+// directory; then .env.example. unknown are the keys in .env that are no settings. The
+// error has one line for each fault.
+func readSettings() (set settings, unknown []string, err error) {
 	defaults, err := godotenv.Unmarshal(envExample)
 	if err != nil {
-		return settings{}, fmt.Errorf(".env.example: %w", err)
+		return settings{}, nil, fmt.Errorf(".env.example: %w", err)
 	}
 	dotenv, err := readDotenv()
 	if err != nil {
-		return settings{}, err
+		return settings{}, nil, err
+	}
+	for _, key := range slices.Sorted(maps.Keys(dotenv)) {
+		if _, known := defaults[key]; !known {
+			unknown = append(unknown, key)
+		}
 	}
 	var faults []error
 	get := func(key string) string {
@@ -153,18 +321,18 @@ func readSettings() (settings, error) {
 	number := func(key string, low, high int) int {
 		n, err := strconv.Atoi(get(key))
 		if err != nil || n < low || n > high {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s: want a whole number from %d to %d", get(key), key, low, high))
+			faults = append(faults, fmt.Errorf("cannot use %q for %s: it must be a whole number from %d to %d", get(key), key, low, high))
 		}
 		return n
 	}
 	duration := func(key string) time.Duration {
 		d, err := time.ParseDuration(get(key))
 		if err != nil || d < time.Millisecond {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s: want a duration of at least 1ms, such as 30s or 1m30s", get(key), key))
+			faults = append(faults, fmt.Errorf("cannot use %q for %s: it must be a duration of at least 1ms, such as 30s or 1m30s", get(key), key))
 		}
 		return d
 	}
-	set := settings{
+	set = settings{
 		port:              number("PORT", 0, 65535),
 		host:              get("HOST"),
 		roundInterval:     duration("ROUND_INTERVAL"),
@@ -173,7 +341,7 @@ func readSettings() (settings, error) {
 		chainFile:         get("CHAIN_FILE"),
 		maxValidators:     number("MAX_VALIDATORS", 1, 1_000_000),
 	}
-	return set, errors.Join(faults...)
+	return set, unknown, errors.Join(faults...)
 }
 
 // readDotenv reads .env, if there is one. godotenv's own error would quote the
