@@ -23,7 +23,7 @@ import (
 	"unicode"
 )
 
-// golden is a block whose hash jq and sha256sum have found.
+// golden is a block with the hash that jq and sha256sum compute for it.
 var golden = Block{
 	Index:     1,
 	Timestamp: "2009-02-13T23:31:30.5Z",
@@ -367,8 +367,8 @@ func wantTorn(t *testing.T, name string, chain, torn []byte) {
 	}
 }
 
-// wantRefused checks that a file is refused with a reason that begins with want,
-// without a word in the log, and left as it is.
+// wantRefused checks that a file is refused with an error that begins with want,
+// that nothing is logged, and that the file is left as it is.
 func wantRefused(t *testing.T, name string, text []byte, want string) {
 	t.Helper()
 	after, logged, err := opens(t, name, text)
@@ -844,7 +844,7 @@ func TestFileCannotBeChecked(t *testing.T) {
 	closeChain(c)
 	c.file = &failingFile{File: c.file.(*os.File), touched: func(by string) { t.Errorf("the file was touched by %s", by) }}
 	err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
-	if want := "the chain cannot go on: stat " + name + ": file already closed"; err == nil || err.Error() != want {
+	if want := "the chain cannot go on: stat " + name + ": " + os.ErrClosed.Error(); err == nil || err.Error() != want {
 		t.Errorf("append: %v, want %s", err, want)
 	}
 }
@@ -881,6 +881,10 @@ func TestFileCannotBeRead(t *testing.T) {
 	c := &Blockchain{head: beforeGenesis}
 	if err := c.load(file, log.New(io.Discard, "", 0)); !errors.Is(err, syscall.EBADF) {
 		t.Errorf("load: %v, want %v", err, syscall.EBADF)
+	}
+	file.Close()
+	if err := c.load(file, log.New(io.Discard, "", 0)); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("load of a closed file: %v, want %v", err, os.ErrClosed)
 	}
 	if !bytes.Equal(readFile(t, name), text) {
 		t.Error("the file has changed")
