@@ -18,7 +18,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"proof-of-stake/internal/filelock"
 )
@@ -259,9 +258,7 @@ func (c *Blockchain) readBlocks(file *os.File, size int64, logger *log.Logger) e
 			return nil
 		}
 		object := c.add(bytes.TrimSuffix(line, []byte("\n")))
-		// The block's strings share the bytes of its object, which never change. A
-		// copy of each object would be garbage as large as the chain.
-		block, err := parseBlock(unsafe.String(unsafe.SliceData(object), len(object)))
+		block, err := parseBlock(string(object))
 		if err == nil {
 			err = validateBlock(block, c.head)
 		}

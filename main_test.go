@@ -342,7 +342,7 @@ func TestSecondInterrupt(t *testing.T) {
 	readUntil(t, c, "server shutting down\n") // and now it waits for the client to close
 	go func() {
 		for p.Process.Signal(os.Interrupt) == nil { // until one comes after the first has been handled
-			runtime.Gosched()
+			<-time.After(100 * time.Millisecond)
 		}
 	}()
 	p.Wait()
