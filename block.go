@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
@@ -376,6 +377,11 @@ func (c *Blockchain) add(object []byte) []byte {
 	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
 		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
 		last++
+		// By default Go lets as much garbage pile up as there is chain. Chunks have no
+		// pointers, so collecting it after 32 MB costs little.
+		if os.Getenv("GOGC") == "" {
+			debug.SetGCPercent(min(100, max(10, 100*(32<<20)/(len(c.chunks)*chunkSize))))
+		}
 	}
 	start := len(c.chunks[last])
 	c.chunks[last] = append(append(c.chunks[last], object...), ',')

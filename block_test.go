@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -241,6 +242,26 @@ func TestChunks(t *testing.T) {
 			if len(c.chunks) != len(want) || len(chunk) != want[i] || cap(chunk) != size {
 				t.Errorf("chunk %d of %d has %d bytes of %d, want %d", i, len(c.chunks), len(chunk), cap(chunk), want)
 			}
+		}
+	}
+}
+
+// The longer the chain, the earlier garbage is collected, unless the operator has set
+// GOGC.
+func TestGarbage(t *testing.T) {
+	original := debug.SetGCPercent(100)
+	t.Cleanup(func() { debug.SetGCPercent(original) })
+	for _, test := range []struct {
+		chunks int // before another one
+		gogc   string
+		want   int
+	}{{0, "", 100}, {7, "", 100}, {15, "", 50}, {159, "", 10}, {15, "100", 77}} {
+		t.Setenv("GOGC", test.gogc)
+		debug.SetGCPercent(77)
+		c := &Blockchain{chunks: make([][]byte, test.chunks)}
+		c.add([]byte("x"))
+		if got := debug.SetGCPercent(100); got != test.want {
+			t.Errorf("with %d chunks and GOGC=%s: %d percent, want %d", test.chunks+1, test.gogc, got, test.want)
 		}
 	}
 }
