@@ -286,6 +286,36 @@ func TestFileTakenAway(t *testing.T) {
 	}
 }
 
+// The log begins with the address, the chain, the intervals and the keys in .env that
+// are no settings.
+func TestStartIsLogged(t *testing.T) {
+	dotenv := "SECRET=hush\nROUND_INTERVALL=1s\nBROADCAST_INTERVAL=90s\n"
+	file, _ := newChainFile(t, 3)
+	for name, chain := range map[string]string{
+		file: fmt.Sprintf("the chain is in %q; blocks: 3\n", file),
+		"":   "the chain is in memory only, since CHAIN_FILE is empty\n",
+	} {
+		cmd := program(t, "CHAIN_FILE="+name)
+		writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte(dotenv))
+		p := startCommand(t, cmd)
+		p.Process.Signal(syscall.SIGTERM)
+		<-p.logged
+		p.Wait()
+		const warning = " in .env is no setting; the settings are in .env.example, or: proof-of-stake -h\n"
+		want := chain + "a draw every 30s, a broadcast of the chain every 1m30s\n" +
+			"warning: ROUND_INTERVALL" + warning + "warning: SECRET" + warning + "shutting down\n"
+		if got := regexp.MustCompile("(?m)^20../../.. ..:..:.. ").ReplaceAllString(p.stderr.take(), ""); got != want {
+			t.Errorf("logged %q, want %q", got, want)
+		}
+	}
+
+	cmd := program(t, "PORT=high")
+	writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte(dotenv))
+	if out, _ := cmd.CombinedOutput(); bytes.Count(out, []byte("\n")) != 1 || !bytes.Contains(out, []byte(`"high" for PORT`)) {
+		t.Errorf("with a bad setting: %s", out)
+	}
+}
+
 // A port that is in use stops the start before the file is touched.
 func TestPortFirst(t *testing.T) {
 	taken, err := net.Listen("tcp", "localhost:0")
