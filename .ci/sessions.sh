@@ -1,0 +1,156 @@
+# Sourced by run: sessions with the real nc, telnet, plink and less.
+
+# serve NAME SETTINGS... starts a server with its log in NAME.log; its port is $port.
+serve() {
+	start "$1" "PORT=0 HOST=localhost $2 exec ./proof-of-stake 2>'$work/$1.log'"
+	soon 10 listening "$work/$1.log" >/dev/null || fail 'the server does not start'
+	port=$(listening "$work/$1.log")
+}
+
+# hear FD TEXT reads from FD until TEXT has come.
+hear() {
+	local heard='' char
+	while [[ $heard != *"$2"* ]]; do
+		IFS= read -r -d '' -n 1 -t 20 -u "$1" char || fail "waited for '$2', heard '$heard'"
+		heard+=$char
+	done
+	printf '%s' "$heard"
+}
+
+# nc and telnet through a round, a wrong BPM, a half-close, the block's hash, the stop.
+nc_and_telnet() {
+	serve session "ROUND_INTERVAL=2s BROADCAST_INTERVAL=3s CHAIN_FILE='$work/chain.jsonl'"
+	local server=$group address client hash
+	mkfifo "$work"/{nc,telnet}.{in,pipe}
+	start nc "exec nc localhost $port <'$work/nc.in' >'$work/nc.pipe'"
+	start telnet "exec telnet localhost $port <'$work/telnet.in' >'$work/telnet.pipe'"
+	exec 3>"$work/nc.in" 4<"$work/nc.pipe" 5>"$work/telnet.in" 6<"$work/telnet.pipe"
+
+	hear 4 'Enter token balance:' >/dev/null
+	echo 100 >&3
+	address=$(hear 4 'Enter a new BPM:' | sed -n 's/.*validator \([0-9a-f]*\) stakes 100 tokens.*/\1/p')
+	hear 6 'Enter token balance:' >/dev/null
+	echo 300 >&5
+	hear 6 'stakes 300 tokens' >/dev/null
+	echo 72 >&3
+	hear 4 'block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in ' >/dev/null
+	hear 4 "winning validator: $address (you) with 100 of 100 tokens" >/dev/null
+	hear 6 "winning validator: $address with 100 of 100 tokens" >/dev/null
+	for client in 4 6; do
+		hear "$client" '[{"Index":0,' >/dev/null
+		hear "$client" "\"Validator\":\"$address\"}]" >/dev/null
+	done
+	echo hello >&5
+	hear 6 'got "hello": 300 staked tokens forfeited' >/dev/null
+
+	[[ $(printf '200\n65\n' | nc -N localhost "$port") == *'winning validator: '* ]] || fail 'half-closed, it heard no winner'
+	hash=$(sed -n 2p "$work/chain.jsonl" | jq -cj '.Hash=""' | sha256sum | cut -d' ' -f1)
+	[[ $(sed -n 2p "$work/chain.jsonl" | jq -r .Hash) == "$hash" ]] || fail "block 1 should have the hash $hash"
+
+	kill -TERM "$server"
+	hear 4 'server shutting down' >/dev/null
+	wait "$server" || fail "exit status $?"
+	[[ $(whole "$work/session.out") == 3 ]] || fail 'three blocks were not printed'
+	pass 'nc and telnet, from the stake to the stop'
+}
+
+# In a terminal, telnet's Ctrl-C ends it at once, and its block is drawn all the same.
+interrupted_telnet() {
+	window telnet-interrupt "telnet localhost $port; echo it has ended"
+	see telnet-interrupt 5 'Enter token balance:'
+	type_in telnet-interrupt 100
+	see telnet-interrupt 5 'stakes 100 tokens'
+	local address
+	address=$(screen telnet-interrupt | sed -n 's/.*validator \([0-9a-f]*\) stakes.*/\1/p')
+	soon 10 grep -q "block 1: " "$work/clients.log" || fail 'no first draw' # so that the next is seconds away
+	type_in telnet-interrupt 72
+	see telnet-interrupt 5 'block 2 proposed with BPM 72'
+	press telnet-interrupt C-c
+	see telnet-interrupt 2 '^it has ended'
+	! grep -q 'block 2: ' "$work/clients.log" || fail 'telnet did not end before the draw'
+	soon 10 grep -q "block 2: validator $address wins with 100 tokens" "$work/clients.log" ||
+		fail 'after Ctrl-C in telnet its block was not in the draw'
+	pass "telnet's Ctrl-C ends it at once; its stake and block stay for the draw"
+}
+
+# PuTTY negotiates as soon as it connects.
+plink_session() {
+	window plink "plink -telnet -P $port localhost"
+	see plink 5 'Enter token balance:'
+	type_in plink 100
+	see plink 5 'stakes 100 tokens'
+	type_in plink 72
+	see plink 5 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
+	see plink 10 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
+	pass 'plink -telnet from joining to a winner'
+}
+
+# proposer is a shell's text: a validator that proposes a block every PAUSE seconds
+# without starting a process each time.
+proposer() {
+	echo "mkfifo '$work/$1.pause'; exec 9<>'$work/$1.pause';" \
+		"(echo 100; while ! read -r -t $2 -u 9; do echo 72 || exit; done) | exec nc localhost $port"
+}
+
+drawn() { grep -c ' wins ' "$work/$1.log" || true; }
+heard() { grep -c '^winning validator: .*(you)' "$work/$1.out" || true; }
+heard_at_least() { (($(heard "$1") >= $2)); }
+drawn_at_least() { (($(drawn "$1") >= $2)); }
+
+# A terminal that is stopped with Ctrl-S holds up nobody, and gets every block later.
+stopped_terminal() {
+	window ctrl-s "PORT=0 HOST=localhost ROUND_INTERVAL=20ms CHAIN_FILE= ./proof-of-stake 2>'$work/ctrl-s.log'"
+	soon 10 listening "$work/ctrl-s.log" >/dev/null || fail 'the server in a terminal does not start'
+	port=$(listening "$work/ctrl-s.log")
+	press ctrl-s C-s
+	local heard_so_far size
+	start ctrl-s-client "$(proposer ctrl-s 0.01)"
+	soon 30 heard_at_least ctrl-s-client 300 || fail 'draws stop when the terminal is stopped'
+	sleep 1
+	size=$(stat -c %s "$work/ctrl-s.raw")
+	((size < 300 * 400)) || fail "Ctrl-S did not stop the terminal: $size bytes"
+	heard_so_far=$(heard ctrl-s-client)
+	soon 5 heard_at_least ctrl-s-client $((heard_so_far + 50)) || fail 'draws stop when the terminal is stopped'
+	press ctrl-s C-q
+	kill -TERM -- "-$group"
+	sleep 1 # before Ctrl-C, which makes a terminal discard what it has not shown yet
+	press ctrl-s C-c
+	see ctrl-s 10 '[$] *$'
+	grep -q 'shutting down' "$work/ctrl-s.log" || fail 'Ctrl-C did not stop the server'
+	! grep -q 'left out' "$work/ctrl-s.log" || fail 'blocks were left out'
+	# The command, the prompts and ^C are on the screen too; bash ends bracketed paste before the first block.
+	tr -d '\r' <"$work/ctrl-s.raw" | sed -n 's/^\x1b\[?2004l//; /^(main.Block) {/,/^}/p' >"$work/ctrl-s.blocks"
+	[[ $(whole "$work/ctrl-s.blocks") == $(($(drawn ctrl-s) + 1)) ]] ||
+		fail "of $(drawn ctrl-s) blocks and the first it printed: $(whole "$work/ctrl-s.blocks")"
+	pass "Ctrl-S holds up no draw; after Ctrl-Q all $(drawn ctrl-s) blocks are there, whole and in order"
+}
+
+# A less that shows its first screen holds up nobody. What is too much is counted.
+less_that_waits() {
+	window less "PORT=0 HOST=localhost ROUND_INTERVAL=2ms CHAIN_FILE= ./proof-of-stake 2>'$work/less.log' | less"
+	soon 10 listening "$work/less.log" >/dev/null || fail 'the server before less does not start'
+	port=$(listening "$work/less.log")
+	start less-client "$(proposer less 0.002)"
+	soon 60 drawn_at_least less 3500 || fail 'draws stop when less does not read'
+	see less 1 'main.Block'
+	kill -TERM -- "-$group"
+	press less G # to the end
+	soon 20 grep -q 'blocks left out of standard output: [0-9]' "$work/less.log" ||
+		fail 'the log does not say how many blocks less did not get'
+	press less C-c
+	soon 10 grep -q 'shutting down' "$work/less.log" || fail 'Ctrl-C did not stop the server'
+	press less q
+	see less 5 '[$] *$'
+	pass "less holds up no draw: $(drawn less) blocks;$(sed -n 's/.*\( blocks left out.*\)/\1/p' "$work/less.log" | head -n 1)"
+}
+
+nc_and_telnet
+serve clients 'ROUND_INTERVAL=4s CHAIN_FILE='
+server=$group
+printf '1\n1\n' | nc -N localhost "$port" >/dev/null & # wins block 1
+wait $!
+interrupted_telnet
+plink_session
+interrupt "$server"
+stopped_terminal
+less_that_waits
