@@ -816,10 +816,7 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 // Thousands of clients that take each message late, even just in time not to be given up,
 // hold up the others for half a second at most, and not the next draw.
 func TestLateClientsHoldUpLittle(t *testing.T) {
-	clients := 4000
-	if raceEnabled() {
-		clients = 100 // the race detector crashes when a bubble has run too many timers
-	}
+	const clients = 4000
 	for _, late := range []time.Duration{1100 * time.Microsecond, 1200 * time.Microsecond, 1300 * time.Microsecond, 9 * time.Second} {
 		t.Run(late.String(), func(t *testing.T) {
 			set := func(s *server) { s.maxValidators = clients + 1 }
@@ -1101,9 +1098,6 @@ func TestHostileClients(t *testing.T) {
 // A stop takes at most five seconds however many are connected, whatever they do.
 func TestStopWithTenThousand(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 10_000 }
-	if raceEnabled() {
-		set = func(s *server) { s.maxValidators = 300 } // as above, in TestLateClientsHoldUpLittle
-	}
 	testWorldWith(t, set, func(w *world) {
 		var all []*testClient
 		for i := range w.maxValidators {
