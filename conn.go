@@ -624,6 +624,7 @@ func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
 		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
 		n, err := s.conn.Write(data)
+		s.conn.SetWriteDeadline(time.Time{})
 		data = data[n:]
 		if stalled++; n > 0 {
 			stalled = 0
