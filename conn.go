@@ -675,8 +675,9 @@ func (s *socket) finish(lastLine string, closed func()) {
 	for err := error(nil); err == nil; {
 		_, err = s.conn.Read(make([]byte, 512))
 	}
-	time.AfterFunc(time.Until(end), func() {
+	go func() {
+		time.Sleep(time.Until(end))
 		s.reset()
 		closed()
-	})
+	}()
 }

@@ -52,6 +52,7 @@ func program(t testing.TB, env ...string) *exec.Cmd {
 	cmd.Env = append([]string{
 		"TEST_BINARY_IS=the program",
 		"PATH=" + os.Getenv("PATH"),
+		"GORACE=atexit_sleep_ms=0", // not a second for each
 		"GOCOVERDIR=" + cmp.Or(flag.Lookup("test.gocoverdir").Value.String(), os.TempDir()),
 	}, env...)
 	return cmd
@@ -152,6 +153,7 @@ func say(t testing.TB, c caller, line string) {
 }
 
 func TestProgram(t *testing.T) {
+	t.Parallel()
 	p := start(t, "ROUND_INTERVAL=300ms", "BROADCAST_INTERVAL=1s", "CHAIN_FILE=")
 	one, two := p.dial(t), p.dial(t)
 	readUntil(t, one, "Enter token balance:")
@@ -191,10 +193,11 @@ func TestProgram(t *testing.T) {
 // Killed at any moment, dozens of times, the program never loses a winner that
 // anybody has heard of.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 	known, heardOf := 0, 0 // blocks before, winners in all
-	for kills := range 36 {
+	for kills := range 24 {
 		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
 		heard := make([]buffer, 3)
 		var playing sync.WaitGroup
@@ -241,6 +244,7 @@ func TestKill(t *testing.T) {
 
 // The chain goes on where it stopped; a file that is damaged stops the start.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	file, text := newChainFile(t, 3)
 	p := start(t, "CHAIN_FILE="+file)
 	p.Process.Signal(syscall.SIGINT)
@@ -268,6 +272,7 @@ func TestRestart(t *testing.T) {
 
 // A server whose file is taken away says so and stops.
 func TestFileTakenAway(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	p := start(t, "ROUND_INTERVAL=50ms", "CHAIN_FILE="+file)
 	if err := os.Remove(file); err != nil {
@@ -289,6 +294,7 @@ func TestFileTakenAway(t *testing.T) {
 // The log begins with the address, the chain, the intervals and the keys in .env that
 // are no settings.
 func TestStartIsLogged(t *testing.T) {
+	t.Parallel()
 	dotenv := "SECRET=hush\nROUND_INTERVALL=1s\nBROADCAST_INTERVAL=90s\n"
 	file, _ := newChainFile(t, 3)
 	for name, chain := range map[string]string{
@@ -318,6 +324,7 @@ func TestStartIsLogged(t *testing.T) {
 
 // A port that is in use stops the start before the file is touched.
 func TestPortFirst(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "localhost:0")
 	if err != nil {
 		t.Fatal(err)
@@ -336,6 +343,7 @@ func TestPortFirst(t *testing.T) {
 // file, and harms neither the first nor the file. When the first one is gone, even by
 // kill -9, the next one starts.
 func TestSecondServer(t *testing.T) {
+	t.Parallel()
 	file, text := newChainFile(t, 3)
 	link, hardLink := file+".link", file+".hard"
 	if err := errors.Join(os.Symlink(file, link), os.Link(file, hardLink)); err != nil {
@@ -365,6 +373,7 @@ func TestSecondServer(t *testing.T) {
 
 // A second Ctrl-C ends the program at once, even while it waits for clients.
 func TestSecondInterrupt(t *testing.T) {
+	t.Parallel()
 	p := start(t, "CHAIN_FILE=")
 	c := p.dial(t)
 	readUntil(t, c, "Enter token balance:")
@@ -427,6 +436,7 @@ func TestOutputsAreNotRead(t *testing.T) {
 // What does not fit into the queues is left out whole, and counted in the log when it is
 // read again.
 func TestOutputsAreReadAgain(t *testing.T) {
+	t.Parallel()
 	p, stdout, log := startUnread(t)
 	const draws = 2800
 	win(t, p, draws)
@@ -536,6 +546,7 @@ func wantBlocks(t *testing.T, text []byte) int {
 
 // The program goes on when nobody reads the blocks, as after | head.
 func TestNobodyReadsTheBlocks(t *testing.T) {
+	t.Parallel()
 	reader, blocks, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -563,6 +574,7 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 // ones that take nothing, nor those that make the server close and do not read why, nor
 // those that have half-closed, nor those that are connected at the stop.
 func TestNothingIsLeft(t *testing.T) {
+	t.Parallel()
 	p := start(t, "CHAIN_FILE=", "ROUND_INTERVAL=1ms")
 	_, port, _ := net.SplitHostPort(p.address)
 	number, _ := strconv.Atoi(port)
@@ -587,7 +599,7 @@ func TestNothingIsLeft(t *testing.T) {
 		readUntil(t, player, "(you)")
 		player.SetDeadline(time.Now().Add(20 * time.Second))
 	}
-	for range 10 {
+	for range 4 {
 		deaf(60_000)
 		say(t, deaf(5000), "x")
 		deaf(5000).CloseWrite()
@@ -610,6 +622,7 @@ func TestNothingIsLeft(t *testing.T) {
 
 // With no descriptors left those inside are served, and others when there is room.
 func TestNoDescriptors(t *testing.T) {
+	t.Parallel()
 	shell, err := exec.LookPath("sh")
 	if err != nil {
 		t.Skip(err)
@@ -646,6 +659,7 @@ func TestNoDescriptors(t *testing.T) {
 
 // In memory only there is no file.
 func TestNoFile(t *testing.T) {
+	t.Parallel()
 	p := start(t, "CHAIN_FILE=")
 	p.Process.Signal(syscall.SIGTERM)
 	p.Wait()
@@ -655,6 +669,7 @@ func TestNoFile(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
+	t.Parallel()
 	cmd := program(t)
 	cmd.Args = append(cmd.Args, "-h")
 	out, err := cmd.Output()
@@ -671,6 +686,7 @@ func TestHelp(t *testing.T) {
 
 // What stops the start is said in one line, with exit status 1.
 func TestCannotStart(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "localhost:0")
 	if err != nil {
 		t.Fatal(err)
