@@ -191,7 +191,7 @@ func (s *server) stake(c *client, line []byte) error {
 	c.validator = v
 	s.mu.Unlock()
 	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
-	c.reply(fmt.Sprintf("validator %s stakes %d tokens\n%s", v.address, stake, bpmPrompt))
+	c.reply("validator %s stakes %d tokens\n%s", v.address, stake, bpmPrompt)
 	return nil
 }
 
@@ -395,19 +395,19 @@ type socket struct {
 	conn    tcpConn
 	replies []byte // not yet written; belongs to the writer
 
-	// The following belong to the reader.
-	input    [maxLine + len("\r\n")]byte
-	handled  uint8 // bytes of input that have been returned as lines
-	received uint8 // bytes of input in all
-	telnet   telnetState
-
 	mu          sync.Mutex // guards the following; never held during a write
-	writing     bool       // there is a writer
-	chainQueued bool       // a broadcast of the chain is queued or being written
 	queue       []*message
 	err         error           // why nothing can be enqueued any more
 	idle        chan struct{}   // not nil: the reader waits until writing is false; closed then
 	done        <-chan struct{} // not nil: the client has half-closed; closed: it hears nothing more
+	writing     bool            // there is a writer
+	chainQueued bool            // a broadcast of the chain is queued or being written
+
+	// The following belong to the reader.
+	telnet   telnetState
+	handled  uint8 // bytes of input that have been returned as lines
+	received uint8 // bytes of input in all
+	input    [maxLine + len("\r\n")]byte
 }
 
 // init makes a new socket ready. The caller is its reader and its writer.
@@ -528,8 +528,8 @@ func (t *telnetState) strip(p []byte) (n int) {
 }
 
 // reply adds to the replies. The caller is the writer.
-func (s *socket) reply(text string) {
-	s.replies = append(s.replies, text...)
+func (s *socket) reply(format string, args ...any) {
+	s.replies = fmt.Appendf(s.replies, format, args...)
 }
 
 // enqueue queues a message for whoever flushes next. If the queue is full the connection

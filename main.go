@@ -77,10 +77,11 @@ func main() {
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that a closed pipe is an error of the write
 
-	stderr := &output{file: os.Stderr, name: "the log", unit: "lines"}
+	stderr := newOutput(os.Stderr, "the log", "lines")
 	logger := log.New(stderr, "", log.LstdFlags)
 	stderr.notices = log.New(noticeWriter{stderr}, "", log.LstdFlags)
-	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", notices: stderr.notices}
+	stdout := newOutput(os.Stdout, "standard output", "blocks")
+	stdout.notices = stderr.notices
 	err := run(ctx, stdout, logger)
 	if err != nil {
 		logger.Print(err)
@@ -167,15 +168,15 @@ const (
 var errNotRead = errors.New("it was not read")
 
 // An output is standard output or standard error. Whoever reads it may stop reading,
-// as a terminal does after Ctrl-S; so Write only queues, and a goroutine that exists
-// while something is queued writes. When more than maxOutput bytes would be
-// queued, writes are left out until the queue has been written. Then the log says how
-// many they were.
+// as a terminal does after Ctrl-S; so Write only queues, and a goroutine writes. When
+// more than maxOutput bytes would be queued, writes are left out until the queue has
+// been written. Then the log says how many they were.
 type output struct {
 	file    io.Writer
 	name    string
 	unit    string // of what one Write writes, in the plural
 	notices *log.Logger
+	wake    chan struct{} // receives when the queue is no longer empty; has room for one
 
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
@@ -183,6 +184,16 @@ type output struct {
 	omitted int           // writes left out since the last notice
 	err     error         // of the last of them that was tried
 	empty   chan struct{} // not nil: closed when the queue is empty
+}
+
+func newOutput(file io.Writer, name, unit string) *output {
+	o := &output{file: file, name: name, unit: unit, wake: make(chan struct{}, 1)}
+	go func() {
+		for range o.wake {
+			o.writeQueue()
+		}
+	}()
+	return o
 }
 
 // Write never waits and never fails.
@@ -214,7 +225,7 @@ func (o *output) enqueueLocked(p []byte) {
 	o.queue = append(o.queue, bytes.Clone(p))
 	o.size += len(p)
 	if len(o.queue) == 1 {
-		go o.writeQueue()
+		o.wake <- struct{}{} // does not wait, since the goroutine has emptied the queue since the last
 	}
 }
 
