@@ -220,7 +220,7 @@ func (s *server) propose(c *client, line []byte) error {
 		return err
 	}
 	p := s.lottery.propose(c.validator, bpm)
-	r := append(c.replies, "block "...)
+	r := append(slices.Grow(c.replies, 160), "block "...)
 	r = strconv.AppendInt(r, int64(p.index), 10)
 	if !p.added {
 		r = append(r, " already"...)
@@ -624,16 +624,15 @@ func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
 		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
 		n, err := s.conn.Write(data)
-		s.conn.SetWriteDeadline(time.Time{})
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
 		data = data[n:]
 		if stalled++; n > 0 {
 			stalled = 0
 		}
-		if errors.Is(err, os.ErrDeadlineExceeded) && stalled == stallChecks {
+		if stalled == stallChecks {
 			return errStalled
-		}
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return err
 		}
 	}
 	return nil
