@@ -97,8 +97,9 @@ func (l *listener) Close() error {
 
 func (l *listener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// A world is a server and its clients, all in one bubble of virtual time.
-type world struct {
+// A testServer is a server whose clients are in the same process, all in one bubble
+// of virtual time.
+type testServer struct {
 	*testing.T
 	*server
 	listener    *listener
@@ -106,31 +107,31 @@ type world struct {
 	stop        func()
 }
 
-// testWorld runs f in a world of 30 second rounds. It starts halfway between
-// two seconds, so that nothing f does falls on the instant of a tick, and ends
-// when nothing of the world is left running.
-func testWorld(t *testing.T, f func(w *world)) {
+// runServer runs f beside a server with 30 second rounds. f starts halfway between
+// two seconds, so that nothing it does falls on the instant of a tick. runServer returns
+// when no goroutine of the server and of its clients is left.
+func runServer(t *testing.T, f func(ts *testServer)) {
 	t.Helper()
-	testWorldWith(t, func(*server) {}, f)
+	runServerWith(t, func(*server) {}, f)
 }
 
-func testWorldWith(t *testing.T, set func(*server), f func(w *world)) {
+func runServerWith(t *testing.T, set func(*server), f func(ts *testServer)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{T: t, listener: &listener{accepts: make(chan any), closed: make(chan struct{})}}
-		logger := log.New(&w.log, "", 0)
-		l := newLottery(newBlockchain(t), &w.stdout, logger)
+		ts := &testServer{T: t, listener: &listener{accepts: make(chan any), closed: make(chan struct{})}}
+		logger := log.New(&ts.log, "", 0)
+		l := newLottery(newBlockchain(t), &ts.stdout, logger)
 		l.roundInterval = 30 * time.Second
 		l.broadcastInterval = time.Minute
-		w.server = newServer(l, 1000, logger)
-		set(w.server)
+		ts.server = newServer(l, 1000, logger)
+		set(ts.server)
 
 		ctx, stop := context.WithCancel(t.Context())
 		running, stopRunning := context.WithCancel(t.Context())
 		var ran, served sync.WaitGroup
-		ran.Go(func() { l.run(running, w.server) })
-		served.Go(func() { w.serve(ctx, w.listener) })
-		w.stop = func() {
+		ran.Go(func() { l.run(running, ts.server) })
+		served.Go(func() { ts.serve(ctx, ts.listener) })
+		ts.stop = func() {
 			stopRunning()
 			ran.Wait()
 			stop()
@@ -138,50 +139,50 @@ func testWorldWith(t *testing.T, set func(*server), f func(w *world)) {
 		}
 		time.Sleep(500 * time.Millisecond)
 		synctest.Wait()
-		f(w)
-		w.stop()
+		f(ts)
+		ts.stop()
 	})
 }
 
 // advance lets time pass.
-func (w *world) advance(d time.Duration) {
+func (ts *testServer) advance(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
 }
 
 // A client is the other end of a session. It reads all that it is told, unless
-// it is a deaf one.
+// it is stalled.
 type testClient struct {
-	*world
+	*testServer
 	net.Conn
 	heard   buffer
-	hungUp  chan struct{} // closed when the server has closed the connection
+	closed  chan struct{} // closed when the server has closed the connection
 	address string        // once it has joined, like the next
 	stake   int
 }
 
 // connect returns a client that has heard nothing yet.
-func (w *world) connect() *testClient {
-	c := w.connectDeaf()
+func (ts *testServer) connect() *testClient {
+	c := ts.connectStalled()
 	go func() {
 		io.Copy(&c.heard, c.Conn)
-		close(c.hungUp)
+		close(c.closed)
 	}()
 	return c
 }
 
-func (w *world) connectDeaf() *testClient {
+func (ts *testServer) connectStalled() *testClient {
 	mine, its := newDuplex()
-	c := &testClient{world: w, Conn: mine, hungUp: make(chan struct{})}
-	w.Cleanup(func() { mine.Close() })
-	w.listener.accepts <- net.Conn(its)
+	c := &testClient{testServer: ts, Conn: mine, closed: make(chan struct{})}
+	ts.Cleanup(func() { mine.Close() })
+	ts.listener.accepts <- net.Conn(its)
 	return c
 }
 
-// joinDeaf returns a client with one token that reads nothing more.
-func (w *world) joinDeaf() *testClient {
-	w.Helper()
-	c := w.connectDeaf()
+// joinStalled returns a client with one token that reads nothing more.
+func (ts *testServer) joinStalled() *testClient {
+	ts.Helper()
+	c := ts.connectStalled()
 	io.ReadFull(c, make([]byte, len("Enter token balance:")))
 	c.send("1\n")
 	io.ReadFull(c, make([]byte, len("validator ")+64+len(" stakes 1 tokens\n\nEnter a new BPM:")))
@@ -191,9 +192,9 @@ func (w *world) joinDeaf() *testClient {
 
 // joinLate returns a client with one token that takes the first byte of each message and
 // then, so many nanoseconds later, the rest.
-func (w *world) joinLate(late *atomic.Int64) {
-	w.Helper()
-	c := w.joinDeaf()
+func (ts *testServer) joinLate(late *atomic.Int64) {
+	ts.Helper()
+	c := ts.joinStalled()
 	go func() {
 		for message := make([]byte, 1000); ; {
 			if _, err := c.Read(message[:1]); err != nil {
@@ -208,14 +209,14 @@ func (w *world) joinLate(late *atomic.Int64) {
 var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
 
 // join returns a client that stakes so many tokens and has heard that it does.
-func (w *world) join(stake int) *testClient {
-	w.Helper()
-	c := w.connect()
+func (ts *testServer) join(stake int) *testClient {
+	ts.Helper()
+	c := ts.connect()
 	c.send(fmt.Sprintf("%d\n", stake))
 	heard := c.heard.take()
 	match := welcome.FindStringSubmatch(heard)
 	if match == nil || match[0] != heard || match[2] != fmt.Sprint(stake) {
-		w.Fatalf("heard %q after staking %d", heard, stake)
+		ts.Fatalf("heard %q after staking %d", heard, stake)
 	}
 	c.address, c.stake = match[1], stake
 	return c
@@ -255,7 +256,7 @@ func (c *testClient) wantClosed(text string) {
 	c.Helper()
 	c.want(text)
 	select {
-	case <-c.hungUp:
+	case <-c.closed:
 	default:
 		c.Fatal("the connection is open, want it closed")
 	}
@@ -278,26 +279,26 @@ func (c *testClient) won(tokens int) string {
 }
 
 // wantLog is something that must have been logged since the last wantLog.
-func (w *world) wantLog(text string) {
-	w.Helper()
-	if logged := w.log.take(); !strings.Contains(logged, text) {
-		w.Fatalf("logged %q\nwant   %q in it", logged, text)
+func (ts *testServer) wantLog(text string) {
+	ts.Helper()
+	if logged := ts.log.take(); !strings.Contains(logged, text) {
+		ts.Fatalf("logged %q\nwant   %q in it", logged, text)
 	}
 }
 
-// wantInside is how many there are of validators and of their tokens.
-func (w *world) wantInside(validators int, tokens int64) {
-	w.Helper()
-	w.lottery.mu.Lock()
-	defer w.lottery.mu.Unlock()
-	if len(w.lottery.validators) != validators || w.lottery.tokens != tokens {
-		w.Fatalf("%d validators with %d tokens, want %d with %d", len(w.lottery.validators), w.lottery.tokens, validators, tokens)
+// wantValidators checks how many there are of validators and of their tokens.
+func (ts *testServer) wantValidators(validators int, tokens int64) {
+	ts.Helper()
+	ts.lottery.mu.Lock()
+	defer ts.lottery.mu.Unlock()
+	if len(ts.lottery.validators) != validators || ts.lottery.tokens != tokens {
+		ts.Fatalf("%d validators with %d tokens, want %d with %d", len(ts.lottery.validators), ts.lottery.tokens, validators, tokens)
 	}
 }
 
 func TestSession(t *testing.T) {
-	testWorld(t, func(w *world) {
-		c := w.connect()
+	runServer(t, func(ts *testServer) {
+		c := ts.connect()
 		c.want("Enter token balance:")
 		c.send("\n")
 		c.want("Enter token balance:")
@@ -309,53 +310,53 @@ func TestSession(t *testing.T) {
 			t.Fatalf("heard %q", heard)
 		}
 		c.address, c.stake = strings.Fields(heard)[1], 100
-		w.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
+		ts.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
 		c.send("\r\n")
 		c.want("\nEnter a new BPM:")
 
-		w.advance(12100 * time.Millisecond) // 12.6 s of the round have passed
+		ts.advance(12100 * time.Millisecond) // 12.6 s of the round have passed
 		c.send("72\n")
 		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 17s\n\nEnter a new BPM:")
-		w.advance(5 * time.Second)
+		ts.advance(5 * time.Second)
 		c.send("73\r\n")
 		c.want("block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 12s\n\nEnter a new BPM:")
-		w.advance(12 * time.Second)
+		ts.advance(12 * time.Second)
 		c.want("")
-		w.stdout.take() // the genesis block
-		w.advance(time.Second)
+		ts.stdout.take() // the genesis block
+		ts.advance(time.Second)
 		c.want(c.won(100))
-		w.wantLog("block 1: validator " + c.address + " wins with 100 tokens; candidates: 1, tokens: 100\n")
-		if dump := w.stdout.take(); !strings.HasPrefix(dump, "(main.Block) {\n Index: (int) 1,\n") || !strings.Contains(dump, " BPM: (int) 72,\n") {
+		ts.wantLog("block 1: validator " + c.address + " wins with 100 tokens; candidates: 1, tokens: 100\n")
+		if dump := ts.stdout.take(); !strings.HasPrefix(dump, "(main.Block) {\n Index: (int) 1,\n") || !strings.Contains(dump, " BPM: (int) 72,\n") {
 			t.Errorf("printed %s", dump)
 		}
 	})
 }
 
-// One who proposes nothing hears the winner and the chain too; a guest hears neither.
+// One who proposes nothing hears the winner and the chain too; a unstaked hears neither.
 func TestEverybodyHears(t *testing.T) {
-	testWorld(t, func(w *world) {
-		proposer, listener, guest := w.join(5), w.join(7), w.connect()
-		guest.want("Enter token balance:")
+	runServer(t, func(ts *testServer) {
+		proposer, listener, unstaked := ts.join(5), ts.join(7), ts.connect()
+		unstaked.want("Enter token balance:")
 		proposer.send("72\n")
 		proposer.heard.take()
-		w.advance(30 * time.Second)
+		ts.advance(30 * time.Second)
 		proposer.want(proposer.won(5))
 		listener.want(proposer.wins(5))
 
 		proposer.send("73\n")
 		proposer.want("block 2 proposed with BPM 73: 5 of 5 tokens so far, draw in 30s\n\nEnter a new BPM:")
-		w.advance(29 * time.Second)
+		ts.advance(29 * time.Second)
 		proposer.want("")
-		w.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
-		chain := "\n[" + string(bytes.Join(w.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		ts.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
+		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
 		if !strings.Contains(chain, `"Index":2,`) {
 			t.Errorf("the chain is %s", chain)
 		}
 		proposer.want(proposer.won(5) + chain)
 		listener.want(proposer.wins(5) + chain)
-		guest.want("")
+		unstaked.want("")
 
-		w.advance(time.Minute) // rounds without a candidate say nothing
+		ts.advance(time.Minute) // rounds without a candidate say nothing
 		listener.want(chain)
 	})
 }
@@ -363,17 +364,17 @@ func TestEverybodyHears(t *testing.T) {
 // Where both ticks wait for a draw that takes long, the next draw is first.
 func TestDrawComesFirst(t *testing.T) {
 	for range 20 { // or a toss of a coin would do
-		testWorld(t, func(w *world) {
+		runServer(t, func(ts *testServer) {
 			name, _ := newChainFile(t, 1)
 			chain := open(t, name)
 			file := &hookedFile{chain.file, func() error { time.Sleep(40 * time.Second); return nil }}
-			w.lottery.chain.file, w.lottery.chain.size = file, chain.size
-			c := w.join(1)
+			ts.lottery.chain.file, ts.lottery.chain.size = file, chain.size
+			c := ts.join(1)
 			c.send("72\n")
-			w.advance(35 * time.Second) // the draw of 30 s goes on until 70 s
+			ts.advance(35 * time.Second) // the draw of 30 s goes on until 70 s
 			file.sync = func() error { return nil }
 			c.send("73\n")
-			w.advance(36 * time.Second)
+			ts.advance(36 * time.Second)
 			if heard := c.heard.take(); strings.Count(heard, "winning") != 2 || !strings.Contains(heard, `"Index":2,`) {
 				t.Errorf("heard %q", heard)
 			}
@@ -387,14 +388,14 @@ func TestBroadcastBlocks(t *testing.T) {
 		s.lottery.roundInterval = time.Second
 		s.lottery.broadcastInterval = 10 * time.Second
 	}
-	testWorldWith(t, set, func(w *world) {
-		c := w.join(1)
+	runServerWith(t, set, func(ts *testServer) {
+		c := ts.join(1)
 		for range 3 {
 			c.send("72\n")
-			w.advance(time.Second)
+			ts.advance(time.Second)
 		}
 		c.heard.take()
-		w.advance(7 * time.Second)
+		ts.advance(7 * time.Second)
 		heard := c.heard.take()
 		if n := strings.Count(heard, `"Index"`); n != 2 || !strings.HasPrefix(heard, "\n[{\"Index\":2,") {
 			t.Errorf("heard %q", heard)
@@ -406,8 +407,8 @@ func TestBroadcastBlocks(t *testing.T) {
 func TestCutAnywhere(t *testing.T) {
 	const text = "\r\n 100 \r\n\n72\n73"
 	for cut := range len(text) {
-		testWorld(t, func(w *world) {
-			c := w.connect()
+		runServer(t, func(ts *testServer) {
+			c := ts.connect()
 			for _, part := range []string{text[:cut], text[cut:]} {
 				c.send(part)
 			}
@@ -466,8 +467,8 @@ func TestNumbers(t *testing.T) {
 		{line: strings.Repeat("x", 1000), quote: `"` + long + `"`},
 	} {
 		t.Run(fmt.Sprintf("%.20q", test.line), func(t *testing.T) {
-			testWorld(t, func(w *world) {
-				c := w.connect()
+			runServer(t, func(ts *testServer) {
+				c := ts.connect()
 				c.want("Enter token balance:")
 				io.WriteString(c, test.line+"\n")
 				if test.balance != "" {
@@ -478,19 +479,19 @@ func TestNumbers(t *testing.T) {
 					}
 				} else {
 					c.wantClosed(fmt.Sprintf(badBalance, test.quote))
-					w.wantInside(0, 0)
+					ts.wantValidators(0, 0)
 				}
 			})
-			testWorld(t, func(w *world) {
-				c := w.join(100)
+			runServer(t, func(ts *testServer) {
+				c := ts.join(100)
 				io.WriteString(c, test.line+"\n")
 				if test.bpm {
 					bpm, _ := strconv.Atoi(strings.TrimSpace(test.line))
 					c.want(fmt.Sprintf("block 1 proposed with BPM %d: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:", bpm))
 				} else {
 					c.wantClosed(fmt.Sprintf(badBPM, test.quote))
-					w.wantInside(0, 0)
-					w.wantLog("validator " + c.address + " dropped: its BPM was " + test.quote + "; it forfeits its 100 tokens\n")
+					ts.wantValidators(0, 0)
+					ts.wantLog("validator " + c.address + " dropped: its BPM was " + test.quote + "; it forfeits its 100 tokens\n")
 				}
 			})
 		})
@@ -499,30 +500,30 @@ func TestNumbers(t *testing.T) {
 
 // A bad BPM takes the stake and the block with it, and only that validator's.
 func TestForfeit(t *testing.T) {
-	testWorld(t, func(w *world) {
-		bad, good := w.join(maxStake), w.join(1)
+	runServer(t, func(ts *testServer) {
+		bad, good := ts.join(maxStake), ts.join(1)
 		bad.send("72\n")
 		good.send("73\n")
 		bad.send("oops\n")
 		bad.wantClosed("block 1 proposed with BPM 72: 1000000000000 of 1000000000000 tokens so far, draw in 30s\n\nEnter a new BPM:" +
 			"BPM must be a whole number of at most 15 digits, got \"oops\": 1000000000000 staked tokens forfeited\n")
-		w.wantInside(1, 1)
-		w.advance(30 * time.Second)
+		ts.wantValidators(1, 1)
+		ts.advance(30 * time.Second)
 		good.want("block 1 proposed with BPM 73: 1 of 1000000000001 tokens so far, draw in 30s\n\nEnter a new BPM:" + good.won(1))
 	})
 }
 
 // What the client sends after a bad line is thrown away, for a moment, so that
 // it hears why; then the connection is closed whatever it does.
-func TestLastWordsAreHeard(t *testing.T) {
-	testWorld(t, func(w *world) {
-		c := w.join(100)
+func TestLastLineIsHeard(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.join(100)
 		c.send("oops\n")
 		for range 1000 {
 			c.send(strings.Repeat("72\n", 30))
 		}
 		c.wantClosed("BPM must be a whole number of at most 15 digits, got \"oops\": 100 staked tokens forfeited\n")
-		w.advance(lingerLimit)
+		ts.advance(lingerLimit)
 		if _, err := io.WriteString(c, "72\n"); err == nil {
 			t.Error("the connection still takes lines")
 		}
@@ -530,19 +531,19 @@ func TestLastWordsAreHeard(t *testing.T) {
 }
 
 func TestNoBalance(t *testing.T) {
-	testWorld(t, func(w *world) {
-		c := w.connect()
+	runServer(t, func(ts *testServer) {
+		c := ts.connect()
 		c.want("Enter token balance:")
-		w.advance(10*time.Minute - time.Second)
+		ts.advance(10*time.Minute - time.Second)
 		c.send("\n1") // no more time for that
 		c.want("Enter token balance:")
-		w.advance(999 * time.Millisecond)
+		ts.advance(999 * time.Millisecond)
 		c.want("")
-		w.advance(time.Millisecond)
+		ts.advance(time.Millisecond)
 		c.wantClosed("\nno token balance within 10m0s\n")
 
-		staked := w.join(100) // from then on there is no limit
-		w.advance(24 * time.Hour)
+		staked := ts.join(100) // from then on there is no limit
+		ts.advance(24 * time.Hour)
 		staked.heard.take()
 		staked.send("72\n")
 		staked.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
@@ -551,36 +552,36 @@ func TestNoBalance(t *testing.T) {
 
 // Who hangs up before staking never was there.
 func TestHangUpBeforeBalance(t *testing.T) {
-	testWorld(t, func(w *world) {
+	runServer(t, func(ts *testServer) {
 		for _, sent := range []string{"", "\n", " "} {
-			c := w.connect()
+			c := ts.connect()
 			c.send(sent)
 			c.halfClose()
 			c.heard.take()
 			c.wantClosed("")
 		}
-		w.wantInside(0, 0)
+		ts.wantValidators(0, 0)
 	})
 }
 
 func TestHalfClose(t *testing.T) {
-	testWorld(t, func(w *world) {
-		quiet := w.join(100)
+	runServer(t, func(ts *testServer) {
+		quiet := ts.join(100)
 		quiet.halfClose()
 		quiet.want("")
-		w.wantInside(1, 100)
-		w.advance(30 * time.Second) // no winner, and all the same it is gone
+		ts.wantValidators(1, 100)
+		ts.advance(30 * time.Second) // no winner, and all the same it is gone
 		quiet.wantClosed("")
-		w.wantInside(0, 0)
+		ts.wantValidators(0, 0)
 
-		c := w.join(100)
+		c := ts.join(100)
 		c.send("72")
 		c.halfClose()
 		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
-		w.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
-		w.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
+		ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
+		ts.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
 		c.wantClosed("\nwinning validator: " + c.address + " (you) with 100 of 100 tokens\n")
-		w.wantInside(0, 0)
+		ts.wantValidators(0, 0)
 	})
 }
 
@@ -612,29 +613,29 @@ func TestDisconnectIsOneStep(t *testing.T) {
 // A broadcast before the draw is heard with the prompt, as by everybody.
 func TestHalfCloseBroadcast(t *testing.T) {
 	set := func(s *server) { s.lottery.broadcastInterval = 20 * time.Second }
-	testWorldWith(t, set, func(w *world) {
-		c := w.join(100)
+	runServerWith(t, set, func(ts *testServer) {
+		c := ts.join(100)
 		c.halfClose()
-		w.advance(20 * time.Second)
-		c.want("\n[" + string(bytes.Join(w.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:")
-		w.advance(10 * time.Second)
+		ts.advance(20 * time.Second)
+		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:")
+		ts.advance(10 * time.Second)
 		c.wantClosed("")
 	})
 }
 
 // The block of one who hangs up can still win.
 func TestHangUp(t *testing.T) {
-	testWorld(t, func(w *world) {
-		gone, stays := w.join(100), w.join(1)
+	runServer(t, func(ts *testServer) {
+		gone, stays := ts.join(100), ts.join(1)
 		gone.send("72\n")
 		gone.Close()
 		synctest.Wait()
-		w.wantInside(2, 101)
-		w.advance(30 * time.Second)
+		ts.wantValidators(2, 101)
+		ts.advance(30 * time.Second)
 		stays.want(gone.wins(100))
-		w.wantInside(1, 1)
-		w.advance(time.Minute)
-		if n := len(w.clients); n != 1 {
+		ts.wantValidators(1, 1)
+		ts.advance(time.Minute)
+		if n := len(ts.clients); n != 1 {
 			t.Errorf("%d sessions, want 1", n)
 		}
 	})
@@ -642,39 +643,39 @@ func TestHangUp(t *testing.T) {
 
 func TestFull(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 2 }
-	testWorldWith(t, set, func(w *world) {
-		member, guest := w.join(100), w.connect()
-		guest.want("Enter token balance:")
-		w.connect().wantClosed("server full, try again later\n")
-		guest.Close()
+	runServerWith(t, set, func(ts *testServer) {
+		staked, unstaked := ts.join(100), ts.connect()
+		unstaked.want("Enter token balance:")
+		ts.connect().wantClosed("server full, try again later\n")
+		unstaked.Close()
 		synctest.Wait()
-		second := w.join(200)
-		w.connect().wantClosed("server full, try again later\n")
+		second := ts.join(200)
+		ts.connect().wantClosed("server full, try again later\n")
 
 		// A stake that waits for the draw takes a place, a forfeited one does not.
 		second.Close()
 		synctest.Wait()
-		w.connect().wantClosed("server full, try again later\n")
-		w.advance(30 * time.Second)
-		third := w.join(300)
+		ts.connect().wantClosed("server full, try again later\n")
+		ts.advance(30 * time.Second)
+		third := ts.join(300)
 		third.send("oops\n")
-		w.advance(lingerLimit)
-		w.join(400)
+		ts.advance(lingerLimit)
+		ts.join(400)
 
 		// Refusing has its bound too.
 		var turnedAway []*testClient
 		for range maxRefusals + 1 {
-			turnedAway = append(turnedAway, w.connectDeaf())
+			turnedAway = append(turnedAway, ts.connectStalled())
 		}
 		synctest.Wait()
-		if w.refusals != maxRefusals {
-			t.Errorf("%d refusals, want %d", w.refusals, maxRefusals)
+		if ts.refusals != maxRefusals {
+			t.Errorf("%d refusals, want %d", ts.refusals, maxRefusals)
 		}
 		if _, err := turnedAway[maxRefusals].Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
 		}
-		member.send("\n")
-		member.want("\nEnter a new BPM:")
+		staked.send("\n")
+		staked.want("\nEnter a new BPM:")
 	})
 }
 
@@ -682,64 +683,64 @@ func TestFull(t *testing.T) {
 // byte now and then is not.
 func TestStall(t *testing.T) {
 	for pause, dropped := range map[time.Duration]bool{9 * time.Second: false, 12 * time.Second: true} {
-		testWorld(t, func(w *world) {
-			c := w.joinDeaf()
+		runServer(t, func(ts *testServer) {
+			c := ts.joinStalled()
 			c.send("72\n")
-			w.log.take()
+			ts.log.take()
 			for range 3 {
-				w.advance(pause)
+				ts.advance(pause)
 				c.Read(make([]byte, 1))
 			}
-			if stalled := strings.Contains(w.log.take(), " dropped: it took nothing for 10s; its stake counts until the next draw\n"); stalled != dropped {
+			if stalled := strings.Contains(ts.log.take(), " dropped: it took nothing for 10s; its stake counts until the next draw\n"); stalled != dropped {
 				t.Errorf("a byte every %v: dropped: %v, want %v", pause, stalled, dropped)
 			}
 		})
 	}
-	testWorld(t, func(w *world) {
-		c := w.joinDeaf()
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
 		c.send("72\n")
-		w.advance(11 * time.Second)
-		w.wantInside(1, 1)
-		w.log.take()
-		w.advance(20 * time.Second)
-		w.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
-		w.wantInside(0, 0)
+		ts.advance(11 * time.Second)
+		ts.wantValidators(1, 1)
+		ts.log.take()
+		ts.advance(20 * time.Second)
+		ts.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
+		ts.wantValidators(0, 0)
 	})
-	testWorld(t, func(w *world) {
-		c := w.joinDeaf()
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
 		c.send("72\n")
-		w.log.take()
-		w.advance(10*time.Second - time.Nanosecond)
-		if logged := w.log.peek(); logged != "" {
+		ts.log.take()
+		ts.advance(10*time.Second - time.Nanosecond)
+		if logged := ts.log.peek(); logged != "" {
 			t.Errorf("logged %q within 10 s", logged)
 		}
-		w.advance(time.Nanosecond)
-		w.wantLog("it took nothing for 10s;")
+		ts.advance(time.Nanosecond)
+		ts.wantLog("it took nothing for 10s;")
 	})
 }
 
 // Draws wait for a client that does not read, but only so many.
 func TestBehind(t *testing.T) {
 	set := func(s *server) { s.lottery.roundInterval = 10 * time.Millisecond }
-	testWorldWith(t, set, func(w *world) {
-		c, deaf := w.join(1), w.joinDeaf()
-		deaf.send("72\n")
-		w.advance(10 * time.Millisecond)
-		w.wantInside(2, 2)
+	runServerWith(t, set, func(ts *testServer) {
+		c, stalled := ts.join(1), ts.joinStalled()
+		stalled.send("72\n")
+		ts.advance(10 * time.Millisecond)
+		ts.wantValidators(2, 2)
 		for range 1 + maxQueue {
 			c.send("72\n")
-			w.advance(10 * time.Millisecond)
-			w.log.take()
+			ts.advance(10 * time.Millisecond)
+			ts.log.take()
 		}
-		w.wantInside(1, 1)
+		ts.wantValidators(1, 1)
 	})
-	testWorld(t, func(w *world) {
-		w.joinDeaf()
+	runServer(t, func(ts *testServer) {
+		ts.joinStalled()
 		for range 1 + maxQueue {
-			w.server.announce(new(validator), 0)
+			ts.server.announce(new(validator), 0)
 		}
-		w.server.broadcast(w.lottery.chain.latest(0)) // is left out
-		s := w.clients[0]
+		ts.server.broadcast(ts.lottery.chain.latest(0)) // is left out
+		s := ts.clients[0]
 		if len(s.queue) != maxQueue || s.err != nil {
 			t.Errorf("%d messages wait, %v, want %d", len(s.queue), s.err, maxQueue)
 		}
@@ -749,13 +750,13 @@ func TestBehind(t *testing.T) {
 // A broadcast waits for a client once, and has the chain's own bytes: a client
 // could read it for days.
 func TestBroadcastIsTheChains(t *testing.T) {
-	testWorld(t, func(w *world) {
-		c := w.joinDeaf()
-		s, chain := w.clients[0], w.lottery.chain
-		w.server.announce(new(validator), 0) // and so this is being written
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
+		s, chain := ts.clients[0], ts.lottery.chain
+		ts.server.announce(new(validator), 0) // and so this is being written
 		want := func(waiting int) {
 			t.Helper()
-			w.server.broadcast(chain.latest(0))
+			ts.server.broadcast(chain.latest(0))
 			synctest.Wait()
 			if len(s.queue) != waiting {
 				t.Fatalf("%d messages wait, want %d", len(s.queue), waiting)
@@ -768,7 +769,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 		want(1)
 		io.ReadFull(c, make([]byte, len("\nwinning validator:  with 0 of 0 tokens\n\nEnter a new BPM:\n"))) // now the chain is
 		want(0)
-		w.server.announce(new(validator), 0)
+		ts.server.announce(new(validator), 0)
 		want(1)
 	})
 }
@@ -777,12 +778,12 @@ func TestBroadcastIsTheChains(t *testing.T) {
 // while they all propose as fast as they can.
 func TestEachWinnerIsHeardOnce(t *testing.T) {
 	const rounds, clients = 1000, 20
-	testWorld(t, func(w *world) {
+	runServer(t, func(ts *testServer) {
 		var all []*testClient
 		for range clients {
-			all = append(all, w.join(1+rand.IntN(1000)))
+			all = append(all, ts.join(1+rand.IntN(1000)))
 		}
-		for w.lottery.round.index <= rounds {
+		for ts.lottery.round.index <= rounds {
 			var sending sync.WaitGroup
 			for _, c := range all {
 				sending.Go(func() {
@@ -792,13 +793,13 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 				})
 			}
 			for range maxQueue / 2 {
-				w.lottery.pickWinner(time.Now(), w.server)
+				ts.lottery.pickWinner(time.Now(), ts.server)
 			}
 			sending.Wait()
 			time.Sleep(announceStep) // before any falls behind
 			synctest.Wait()
 		}
-		chain := blocks(t, w.lottery.chain)
+		chain := blocks(t, ts.lottery.chain)
 		won := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 		for i, c := range all {
 			heard := won.FindAllStringSubmatch(c.heard.take(), -1)
@@ -822,28 +823,28 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 		s.maxValidators = clients + 1
 		s.lottery.broadcastInterval = time.Hour
 	}
-	testWorldWith(t, set, func(w *world) {
+	runServerWith(t, set, func(ts *testServer) {
 		var late atomic.Int64
 		for range clients {
-			w.joinLate(&late)
+			ts.joinLate(&late)
 		}
-		last := w.join(1)
+		last := ts.join(1)
 		for _, d := range []time.Duration{1100 * time.Microsecond, 1200 * time.Microsecond, 1300 * time.Microsecond, 9 * time.Second} {
 			late.Store(int64(d))
 			for range 2 {
 				last.send("72\n")
 				last.heard.take()
-				w.advance(29400 * time.Millisecond)
+				ts.advance(29400 * time.Millisecond)
 				last.want("")
-				w.advance(600 * time.Millisecond) // half a second after the tick
+				ts.advance(600 * time.Millisecond) // half a second after the tick
 				if heard := last.heard.take(); !strings.HasPrefix(heard, last.won(1)) {
 					t.Errorf("clients that are %v late: heard %q, want %q", d, heard, last.won(1))
 				}
 			}
-			w.wantInside(clients+1, int64(clients)+1)
+			ts.wantValidators(clients+1, int64(clients)+1)
 		}
-		w.stop()
-		w.advance(time.Duration(late.Load())) // the clients end
+		ts.stop()
+		ts.advance(time.Duration(late.Load())) // the clients end
 	})
 }
 
@@ -864,19 +865,19 @@ func TestAnnounceWorkers(t *testing.T) {
 		{3, 9 * time.Second, announceStep * 5 / 2, 3},
 		{processors - 1, 9 * time.Second, announceStep / 2, processors - 1},
 	} {
-		testWorld(t, func(w *world) {
+		runServer(t, func(ts *testServer) {
 			var late atomic.Int64
 			late.Store(int64(test.late))
 			for range test.clients {
-				w.joinLate(&late)
+				ts.joinLate(&late)
 			}
 			before := runtime.NumGoroutine()
 			done := make(chan struct{})
 			go func() {
-				w.server.announce(new(validator), 0)
+				ts.server.announce(new(validator), 0)
 				close(done)
 			}()
-			w.advance(test.after)
+			ts.advance(test.after)
 			workers := runtime.NumGoroutine() - before
 			select {
 			case <-done:
@@ -887,24 +888,24 @@ func TestAnnounceWorkers(t *testing.T) {
 				t.Errorf("%d clients that are %v late: %d workers after %v, want at most %d", test.clients, test.late, workers, test.after, test.want)
 			}
 			<-done
-			w.stop()
-			w.advance(test.late)
+			ts.stop()
+			ts.advance(test.late)
 		})
 	}
 }
 
 // A failing Accept is tried again, later and later, and then all is as before.
 func TestAcceptFails(t *testing.T) {
-	testWorld(t, func(w *world) {
-		member := w.join(100)
+	runServer(t, func(ts *testServer) {
+		staked := ts.join(100)
 		fail := func(delay string) {
 			t.Helper()
-			w.log.take()
-			w.listener.accepts <- errors.New("too many open files")
+			ts.log.take()
+			ts.listener.accepts <- errors.New("too many open files")
 			synctest.Wait()
-			w.wantLog("cannot accept a connection, trying again in " + delay + ": too many open files\n")
-			member.send("\n") // who is in notices nothing
-			member.want("\nEnter a new BPM:")
+			ts.wantLog("cannot accept a connection, trying again in " + delay + ": too many open files\n")
+			staked.send("\n") // who is connected notices nothing
+			staked.want("\nEnter a new BPM:")
 		}
 		waited := time.Duration(0)
 		for _, delay := range []string{"5ms", "10ms", "20ms", "40ms", "80ms", "160ms", "320ms", "640ms", "1s", "1s"} {
@@ -915,37 +916,37 @@ func TestAcceptFails(t *testing.T) {
 			}
 			waited, _ = time.ParseDuration(delay)
 		}
-		w.join(200)
+		ts.join(200)
 		fail("5ms")
 	})
 }
 
 func TestStop(t *testing.T) {
-	testWorld(t, func(w *world) {
-		guest, member, half, deaf := w.connect(), w.join(100), w.join(200), w.connectDeaf()
-		guest.want("Enter token balance:")
-		member.send("7") // half a line
-		half.halfClose()
+	runServer(t, func(ts *testServer) {
+		unstaked, staked, halfClosed, stalled := ts.connect(), ts.join(100), ts.join(200), ts.connectStalled()
+		unstaked.want("Enter token balance:")
+		staked.send("7") // half a line
+		halfClosed.halfClose()
 		start := time.Now()
-		w.stop()
-		guest.wantClosed("\nserver shutting down\n")
-		member.wantClosed("\nserver shutting down\n")
-		half.wantClosed("\nserver shutting down\n")
+		ts.stop()
+		unstaked.wantClosed("\nserver shutting down\n")
+		staked.wantClosed("\nserver shutting down\n")
+		halfClosed.wantClosed("\nserver shutting down\n")
 		if d := time.Since(start); d > stopLimit+lingerLimit {
 			t.Errorf("stopped after %v, want at most %v", d, stopLimit+lingerLimit)
 		}
-		if _, err := deaf.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := stalled.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
 		}
 	})
 }
 
 // wantBounded checks that no session holds more than its share.
-func (w *world) wantBounded() {
-	w.Helper()
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, c := range w.clients {
+func (ts *testServer) wantBounded() {
+	ts.Helper()
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	for _, c := range ts.clients {
 		c.mu.Lock()
 		chains := 0
 		for _, m := range c.queue {
@@ -954,7 +955,7 @@ func (w *world) wantBounded() {
 			}
 		}
 		if len(c.queue) > maxQueue || chains > 1 {
-			w.Errorf("%d messages wait for a client, %d of them the chain", len(c.queue), chains)
+			ts.Errorf("%d messages wait for a client, %d of them the chain", len(c.queue), chains)
 		}
 		c.mu.Unlock()
 	}
@@ -969,25 +970,25 @@ func terminalSafe(text string) bool {
 // Whatever clients do, nobody else notices and nothing of them is left behind.
 func TestHostileClients(t *testing.T) {
 	const broadcastEvery = 7 * time.Second
-	for name, attack := range map[string]func(w *world){
-		"says nothing": func(w *world) {
+	for name, attack := range map[string]func(ts *testServer){
+		"says nothing": func(ts *testServer) {
 			for range 100 {
-				w.connect()
+				ts.connect()
 			}
 		},
-		"never reads": func(w *world) {
-			w.connectDeaf()
-			w.joinDeaf().send("72\n")
-			w.joinDeaf()
+		"never reads": func(ts *testServer) {
+			ts.connectStalled()
+			ts.joinStalled().send("72\n")
+			ts.joinStalled()
 		},
-		"never reads and half-closes": func(w *world) {
-			w.joinDeaf().halfClose()
-			c := w.joinDeaf()
+		"never reads and half-closes": func(ts *testServer) {
+			ts.joinStalled().halfClose()
+			c := ts.joinStalled()
 			c.send("72\n")
 			c.halfClose()
 		},
-		"reads a byte a second": func(w *world) {
-			c := w.joinDeaf()
+		"reads a byte a second": func(ts *testServer) {
+			c := ts.joinStalled()
 			c.send("72\n")
 			go func() {
 				for one := make([]byte, 1); ; time.Sleep(time.Second) {
@@ -996,64 +997,64 @@ func TestHostileClients(t *testing.T) {
 					}
 				}
 			}()
-			w.Cleanup(func() { w.advance(time.Second) })
+			ts.Cleanup(func() { ts.advance(time.Second) })
 		},
-		"sends 100,000 lines and reads nothing": func(w *world) {
-			w.joinDeaf().flood("72\n")
+		"sends 100,000 lines and reads nothing": func(ts *testServer) {
+			ts.joinStalled().flood("72\n")
 		},
-		"sends blank lines and reads nothing": func(w *world) {
-			w.connectDeaf().flood("\n")
+		"sends blank lines and reads nothing": func(ts *testServer) {
+			ts.connectStalled().flood("\n")
 		},
-		"sends a megabyte without a line end": func(w *world) {
-			io.WriteString(w.connect(), strings.Repeat("1", 1_000_000))
-			io.WriteString(w.join(1), strings.Repeat("\x00", 1_000_000))
+		"sends a megabyte without a line end": func(ts *testServer) {
+			io.WriteString(ts.connect(), strings.Repeat("1", 1_000_000))
+			io.WriteString(ts.join(1), strings.Repeat("\x00", 1_000_000))
 		},
-		"sends every byte value": func(w *world) {
+		"sends every byte value": func(ts *testServer) {
 			for b := range 256 {
-				for _, c := range []*testClient{w.connect(), w.join(1)} {
+				for _, c := range []*testClient{ts.connect(), ts.join(1)} {
 					c.Write([]byte{byte(b), '\n'})
 					synctest.Wait()
 					if heard := c.heard.take(); !terminalSafe(heard) {
-						w.Errorf("after byte %#x: heard %q", b, heard)
+						ts.Errorf("after byte %#x: heard %q", b, heard)
 					}
 					c.Close()
 				}
-				w.advance(lingerLimit)
+				ts.advance(lingerLimit)
 			}
 		},
-		"closes in the middle of anything": func(w *world) {
+		"closes in the middle of anything": func(ts *testServer) {
 			const text = "\n100\n72\n73\nno"
 			for cut := range len(text) + 1 {
-				closes, leaves, sulks := w.connect(), w.connect(), w.connectDeaf()
+				closes, halfCloses, stalls := ts.connect(), ts.connect(), ts.connectStalled()
 				io.WriteString(closes, text[:cut])
 				closes.Close()
-				io.WriteString(leaves, text[:cut])
-				leaves.halfClose()
-				sulks.SetWriteDeadline(time.Now().Add(time.Millisecond))
-				io.WriteString(sulks, text[:cut])
-				sulks.halfClose()
+				io.WriteString(halfCloses, text[:cut])
+				halfCloses.halfClose()
+				stalls.SetWriteDeadline(time.Now().Add(time.Millisecond))
+				io.WriteString(stalls, text[:cut])
+				stalls.halfClose()
 			}
 		},
-		"joins, proposes and hangs up": func(w *world) {
-			for range 10 * w.maxValidators {
-				c := w.connect()
+		"joins, proposes and hangs up": func(ts *testServer) {
+			for range 10 * ts.maxValidators {
+				c := ts.connect()
 				io.WriteString(c, "1\n72\n")
 				c.Close()
 			}
 			synctest.Wait()
-			if n := len(w.clients); n > w.maxValidators {
-				w.Errorf("%d clients, want at most %d", n, w.maxValidators)
+			if n := len(ts.clients); n > ts.maxValidators {
+				ts.Errorf("%d clients, want at most %d", n, ts.maxValidators)
 			}
 		},
-		"joins, proposes and cheats": func(w *world) {
-			for range 10 * w.maxValidators {
-				c := w.connect()
+		"joins, proposes and is disqualified": func(ts *testServer) {
+			for range 10 * ts.maxValidators {
+				c := ts.connect()
 				io.WriteString(c, "1\n72\nx\n")
 				c.Close()
 			}
 			synctest.Wait()
-			if n := len(w.lottery.round.tempBlocks); n > w.maxValidators {
-				w.Errorf("%d candidates, want at most %d", n, w.maxValidators)
+			if n := len(ts.lottery.round.tempBlocks); n > ts.maxValidators {
+				ts.Errorf("%d candidates, want at most %d", n, ts.maxValidators)
 			}
 		},
 	} {
@@ -1066,9 +1067,9 @@ func TestHostileClients(t *testing.T) {
 				}
 				s.lottery.round.index = 1001
 			}
-			testWorldWith(t, set, func(w *world) {
-				bystander := w.join(1000)
-				attack(w)
+			runServerWith(t, set, func(ts *testServer) {
+				bystander := ts.join(1000)
+				attack(ts)
 				rounds := 5
 				if name == "says nothing" {
 					rounds = 21 // until after balanceLimit
@@ -1079,8 +1080,8 @@ func TestHostileClients(t *testing.T) {
 						t.Fatalf("round %d: the bystander heard %q", round, heard)
 					}
 					for range 30 {
-						w.advance(time.Second)
-						w.wantBounded()
+						ts.advance(time.Second)
+						ts.wantBounded()
 					}
 					if heard := bystander.heard.take(); strings.Count(heard, "winning validator: ") != 1 || strings.Count(heard, "\n[{") < 4 {
 						t.Fatalf("round %d: the bystander heard %.200q", round, heard)
@@ -1090,10 +1091,10 @@ func TestHostileClients(t *testing.T) {
 				if name == "reads a byte a second" {
 					left = 2
 				}
-				if len(w.clients) != left || len(w.lottery.validators) != left || w.refusals != 0 {
-					t.Errorf("%d clients, %d validators and %d refusals are left, want %d", len(w.clients), len(w.lottery.validators), w.refusals, left)
+				if len(ts.clients) != left || len(ts.lottery.validators) != left || ts.refusals != 0 {
+					t.Errorf("%d clients, %d validators and %d refusals are left, want %d", len(ts.clients), len(ts.lottery.validators), ts.refusals, left)
 				}
-				if logged := w.log.take(); !terminalSafe(logged) {
+				if logged := ts.log.take(); !terminalSafe(logged) {
 					t.Errorf("logged %q", logged)
 				}
 			})
@@ -1104,23 +1105,23 @@ func TestHostileClients(t *testing.T) {
 // A stop takes at most five seconds however many are connected, whatever they do.
 func TestStopWithThousands(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 3000 }
-	testWorldWith(t, set, func(w *world) {
+	runServerWith(t, set, func(ts *testServer) {
 		var all []*testClient
-		for i := range w.maxValidators {
+		for i := range ts.maxValidators {
 			switch i % 3 {
 			case 0:
-				all = append(all, w.connect())
+				all = append(all, ts.connect())
 			case 1:
-				c := w.connect()
+				c := ts.connect()
 				io.WriteString(c, "100\n72\n")
 				all = append(all, c)
 			case 2:
-				w.connectDeaf()
+				ts.connectStalled()
 			}
 		}
-		w.advance(time.Second)
+		ts.advance(time.Second)
 		start := time.Now()
-		w.stop()
+		ts.stop()
 		if d := time.Since(start); d > 5*time.Second {
 			t.Errorf("the stop took %v", d)
 		}
@@ -1205,17 +1206,17 @@ func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
 
 // Telnet's Ctrl-C closes the connection at once; stake and block stay for the draw.
 func TestInterrupt(t *testing.T) {
-	testWorld(t, func(w *world) {
-		c, other := w.join(100), w.join(1)
+	runServer(t, func(ts *testServer) {
+		c, other := ts.join(100), ts.join(1)
 		c.send("72\n")
 		c.heard.take()
 		c.send("7\xff\xf4\xff\xfd\x06")
 		c.wantClosed("")
-		w.wantInside(2, 101)
-		w.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
-		w.advance(30 * time.Second)
+		ts.wantValidators(2, 101)
+		ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
+		ts.advance(30 * time.Second)
 		other.want(c.wins(100))
-		w.wantInside(1, 1)
+		ts.wantValidators(1, 1)
 	})
 }
 
@@ -1239,16 +1240,16 @@ func FuzzSession(f *testing.F) {
 // transcript is what a client hears, and what is logged, from its connecting to
 // the draw after it has sent the parts and closed its sending half.
 func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
-	testWorld(t, func(w *world) {
-		c := w.connect()
+	runServer(t, func(ts *testServer) {
+		c := ts.connect()
 		for _, part := range parts {
 			c.Write(part)
 			synctest.Wait()
 		}
 		c.halfClose()
-		w.advance(30 * time.Second)
+		ts.advance(30 * time.Second)
 		c.wantClosed(c.heard.peek())
-		heard, logged = c.heard.take(), w.log.take()
+		heard, logged = c.heard.take(), ts.log.take()
 	})
 	address := regexp.MustCompile("[0-9a-f]{64}")
 	return address.ReplaceAllString(heard, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")

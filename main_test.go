@@ -110,14 +110,14 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	return p
 }
 
-// A caller is a connection to the program. Reading gives up 20 seconds after dial.
-type caller struct {
+// A tcpClient is a connection to the program. Reading gives up 20 seconds after dial.
+type tcpClient struct {
 	*net.TCPConn
 	*bufio.Reader
 }
 
 // dial connects to the program.
-func (p *process) dial(t testing.TB) caller {
+func (p *process) dial(t testing.TB) tcpClient {
 	t.Helper()
 	conn, err := net.Dial("tcp", p.address)
 	if err != nil {
@@ -125,10 +125,10 @@ func (p *process) dial(t testing.TB) caller {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	return caller{conn.(*net.TCPConn), bufio.NewReader(conn)}
+	return tcpClient{conn.(*net.TCPConn), bufio.NewReader(conn)}
 }
 
-func (c caller) Read(p []byte) (int, error) { return c.Reader.Read(p) }
+func (c tcpClient) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 
 // readUntil reads up to and including text.
 func readUntil(t testing.TB, r io.ByteReader, text string) string {
@@ -144,8 +144,8 @@ func readUntil(t testing.TB, r io.ByteReader, text string) string {
 	return string(heard)
 }
 
-// say sends a line.
-func say(t testing.TB, c caller, line string) {
+// sendLine sends a line.
+func sendLine(t testing.TB, c tcpClient, line string) {
 	t.Helper()
 	if _, err := io.WriteString(c.TCPConn, line+"\n"); err != nil {
 		t.Fatal(err)
@@ -157,14 +157,14 @@ func TestProgram(t *testing.T) {
 	p := start(t, "ROUND_INTERVAL=300ms", "BROADCAST_INTERVAL=1s", "CHAIN_FILE=")
 	one, two := p.dial(t), p.dial(t)
 	readUntil(t, one, "Enter token balance:")
-	say(t, one, "100")
+	sendLine(t, one, "100")
 	heard := readUntil(t, one, "\n\nEnter a new BPM:")
 	address := strings.Fields(heard)[1]
-	say(t, two, "300")
+	sendLine(t, two, "300")
 	readUntil(t, two, " stakes 300 tokens\n\nEnter a new BPM:")
-	say(t, one, "72")
+	sendLine(t, one, "72")
 	readUntil(t, one, "block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 0s\n\nEnter a new BPM:")
-	for c, you := range map[caller]string{one: " (you)", two: ""} {
+	for c, you := range map[tcpClient]string{one: " (you)", two: ""} {
 		readUntil(t, c, "\nwinning validator: "+address+you+" with 100 of 100 tokens\n\nEnter a new BPM:")
 		text := readUntil(t, c, "]\n\nEnter a new BPM:")
 		var chain []Block
@@ -175,10 +175,10 @@ func TestProgram(t *testing.T) {
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []caller{one, two} {
+	for _, c := range []tcpClient{one, two} {
 		readUntil(t, c, "\nserver shutting down\n")
 		if _, err := c.ReadByte(); err != io.EOF {
-			t.Errorf("after the last words: %v, want EOF", err)
+			t.Errorf("after the last line: %v, want EOF", err)
 		}
 	}
 	if err := p.Wait(); err != nil {
@@ -279,7 +279,7 @@ func TestFileTakenAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := p.dial(t)
-	say(t, c, "100\n72")
+	sendLine(t, c, "100\n72")
 	heard := readUntil(t, c, "\nserver shutting down\n")
 	if strings.Contains(heard, "winning") {
 		t.Errorf("heard %q", heard)
@@ -363,7 +363,7 @@ func TestSecondServer(t *testing.T) {
 			t.Error("the file has changed")
 		}
 		c := first.dial(t)
-		say(t, c, "100\n72")
+		sendLine(t, c, "100\n72")
 		readUntil(t, c, " (you) with 100 of 100 tokens\n")
 		first.Process.Kill()
 		first.Wait()
@@ -440,10 +440,10 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	p, stdout, log := startUnread(t)
 	const draws = 2800
 	win(t, p, draws)
-	const cheats = 1700
-	for range cheats {
+	const disqualified = 1700
+	for range disqualified {
 		c := p.dial(t)
-		say(t, c, "1\n"+strings.Repeat("\x01", maxLine))
+		sendLine(t, c, "1\n"+strings.Repeat("\x01", maxLine))
 		readUntil(t, c, " forfeited\n")
 		c.Close()
 	}
@@ -473,8 +473,8 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	if printed, lost := wantBlocks(t, blocks), omitted("blocks left out of standard output"); printed+lost != 1+draws+1 {
 		t.Errorf("%d blocks were printed and %d left out, want %d together", printed, lost, 1+draws+1)
 	}
-	// The joins, the wins, the cheats, both lines about what is left out, the stop.
-	want := 2 + draws + 1 + 2*cheats + 2 + 1
+	// The joins, the wins, the disqualified, both lines about what is left out, the stop.
+	want := 2 + draws + 1 + 2*disqualified + 2 + 1
 	if logged, lost := strings.Count(lines, "\n"), omitted("lines left out of the log"); logged+lost != want {
 		t.Errorf("%d lines were logged and %d left out, want %d together", logged, lost, want)
 	}
@@ -515,10 +515,10 @@ func startUnread(t *testing.T) (p *process, stdout, log *bufio.Reader) {
 func win(t *testing.T, p *process, draws int) {
 	t.Helper()
 	c := p.dial(t)
-	say(t, c, "100")
+	sendLine(t, c, "100")
 	for range draws {
 		readUntil(t, c, bpmPrompt)
-		say(t, c, "72")
+		sendLine(t, c, "72")
 		readUntil(t, c, "(you)")
 	}
 }
@@ -557,7 +557,7 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 	p := startCommand(t, cmd)
 	blocks.Close()
 	c := p.dial(t)
-	say(t, c, "100\n72")
+	sendLine(t, c, "100\n72")
 	readUntil(t, c, "winning validator: ")
 	readUntil(t, c, bpmPrompt)
 	p.Process.Signal(syscall.SIGTERM)
@@ -586,30 +586,30 @@ func TestNothingIsLeft(t *testing.T) {
 		}
 		return len(regexp.MustCompile(fmt.Sprintf(`(?m)^ *\d+: [0-9A-F]{8}:%04X [0-9A-F]{8}:[0-9A-F]{4} (0[1-5789B])`, number)).FindAll(table, -1))
 	}
-	deaf := func(prompts int) caller { // of which the kernel holds 30,000 or so
+	stalled := func(prompts int) tcpClient { // of which the kernel holds 30,000 or so
 		c := p.dial(t)
 		c.SetReadBuffer(4 << 10)
-		say(t, c, "1"+strings.Repeat("\n", prompts))
+		sendLine(t, c, "1"+strings.Repeat("\n", prompts))
 		return c
 	}
 	player := p.dial(t)
-	say(t, player, "100")
+	sendLine(t, player, "100")
 	play := func() { // one round and more
-		say(t, player, "72")
+		sendLine(t, player, "72")
 		readUntil(t, player, "(you)")
 		player.SetDeadline(time.Now().Add(20 * time.Second))
 	}
 	for range 4 {
-		deaf(60_000)
-		say(t, deaf(5000), "x")
-		deaf(5000).CloseWrite()
+		stalled(60_000)
+		sendLine(t, stalled(5000), "x")
+		stalled(5000).CloseWrite()
 	}
 	for end := time.Now().Add(20 * time.Second); sockets() > 1; play() {
 		if time.Now().After(end) {
 			t.Fatalf("%d sockets are left, want 1", sockets())
 		}
 	}
-	deaf(5000)
+	stalled(5000)
 	play()
 	p.Process.Signal(syscall.SIGTERM)
 	if err := p.Wait(); err != nil {
@@ -620,7 +620,7 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 }
 
-// With no descriptors left those inside are served, and others when there is room.
+// With no descriptors left those connected are served, and others when there is room.
 func TestNoDescriptors(t *testing.T) {
 	t.Parallel()
 	shell, err := exec.LookPath("sh")
@@ -630,9 +630,9 @@ func TestNoDescriptors(t *testing.T) {
 	cmd := program(t, "ROUND_INTERVAL=500ms")
 	cmd.Path, cmd.Args = shell, []string{"sh", "-c", `ulimit -n 40 && exec "$0"`, os.Args[0]}
 	p := startCommand(t, cmd)
-	inside := p.dial(t)
-	say(t, inside, "100")
-	readUntil(t, inside, " stakes 100 tokens\n\nEnter a new BPM:")
+	connected := p.dial(t)
+	sendLine(t, connected, "100")
+	readUntil(t, connected, " stakes 100 tokens\n\nEnter a new BPM:")
 	var others []net.Conn
 	for range 60 {
 		conn, err := net.Dial("tcp", p.address)
@@ -642,9 +642,9 @@ func TestNoDescriptors(t *testing.T) {
 		defer conn.Close()
 		others = append(others, conn)
 	}
-	say(t, inside, "72")
-	readUntil(t, inside, " tokens so far, draw in ")
-	readUntil(t, inside, "winning validator: ")
+	sendLine(t, connected, "72")
+	readUntil(t, connected, " tokens so far, draw in ")
+	readUntil(t, connected, "winning validator: ")
 	for _, conn := range others[:40] {
 		conn.Close()
 	}
