@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -115,7 +116,7 @@ func quote(s string) string {
 func calculateBlockHash(block Block) string {
 	block.Hash = ""
 	sum := sha256.Sum256(block.appendJSON(make([]byte, 0, maxBlock)))
-	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:]))
+	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
 }
 
 // beforeGenesis stands for the block that the genesis block follows.
@@ -176,6 +177,12 @@ type chainFile interface {
 	Truncate(size int64) error
 }
 
+// An appendFile is an os.File that is open for appending. It is truncated by its name,
+// since Windows cannot truncate it otherwise.
+type appendFile struct{ *os.File }
+
+func (f appendFile) Truncate(size int64) error { return os.Truncate(f.Name(), size) }
+
 // errChainLost is wrapped by errors after which no block can be appended any more,
 // because the chain's file is in a state that the chain does not know.
 var errChainLost = errors.New("the chain cannot go on")
@@ -225,10 +232,10 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 	if !info.Mode().IsRegular() {
 		return errors.New("it is not a regular file")
 	}
+	c.file = appendFile{file}
 	if err := c.readBlocks(file, info.Size(), logger); err != nil {
 		return err
 	}
-	c.file = file
 	if c.head == beforeGenesis {
 		err = c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
 	} else {
@@ -250,8 +257,7 @@ func (c *Blockchain) readBlocks(file *os.File, size int64, logger *log.Logger) e
 		}
 		next := c.head.Index + 1
 		if c.size+int64(len(line)) == size && isTorn(line, next) {
-			// By name, since Windows cannot truncate a file that is open for appending.
-			if err := os.Truncate(file.Name(), c.size); err != nil {
+			if err := c.file.Truncate(c.size); err != nil {
 				return err
 			}
 			logger.Printf("%s: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced",
@@ -285,6 +291,7 @@ func isTorn(line []byte, index int) bool {
 	if bytes.HasPrefix(written, start) || bytes.HasPrefix(start, written) {
 		return true
 	}
+	// Or the page with its beginning is missing, and the next one reached the disk.
 	written = bytes.TrimLeft(text, "\x00")
 	missing := min(len(text)-len(written), len(start))
 	return whole && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`))
@@ -377,8 +384,8 @@ func (c *Blockchain) add(object []byte) []byte {
 	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
 		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
 		last++
-		// By default Go lets as much garbage pile up as there is chain. Chunks have no
-		// pointers, so collecting it after 32 MB costs little.
+		// By default Go collects garbage when there is as much of it as of the chain. Chunks
+		// have no pointers, so collecting it after 32 MB already costs little.
 		if os.Getenv("GOGC") == "" {
 			debug.SetGCPercent(min(100, max(10, 100*(32<<20)/(len(c.chunks)*chunkSize))))
 		}
@@ -402,7 +409,7 @@ func (c *Blockchain) latest(count int) [][]byte {
 			start = bytes.LastIndexByte(c.chunks[first][:start], '{')
 		}
 	}
-	pieces := append([][]byte(nil), c.chunks[first:]...)
+	pieces := slices.Clone(c.chunks[first:])
 	pieces[0] = pieces[0][start:]
 	end := &pieces[len(pieces)-1]
 	*end = (*end)[:len(*end)-1]

@@ -736,7 +736,7 @@ func (f *hookedFile) Sync() error { return f.sync() }
 
 // A failingFile fails where it is told to.
 type failingFile struct {
-	*os.File
+	chainFile
 	write, sync, truncate error
 	written               int             // bytes that a failing write writes all the same
 	touched               func(by string) // called by each of the three if not nil
@@ -751,10 +751,10 @@ func (f *failingFile) touch(by string) {
 func (f *failingFile) Write(p []byte) (int, error) {
 	f.touch("Write")
 	if f.write != nil {
-		n, _ := f.File.Write(p[:f.written])
+		n, _ := f.chainFile.Write(p[:f.written])
 		return n, f.write
 	}
-	return f.File.Write(p)
+	return f.chainFile.Write(p)
 }
 
 func (f *failingFile) Sync() error {
@@ -762,7 +762,7 @@ func (f *failingFile) Sync() error {
 	if f.sync != nil {
 		return f.sync
 	}
-	return f.File.Sync()
+	return f.chainFile.Sync()
 }
 
 func (f *failingFile) Truncate(size int64) error {
@@ -770,7 +770,7 @@ func (f *failingFile) Truncate(size int64) error {
 	if f.truncate != nil {
 		return f.truncate
 	}
-	return f.File.Truncate(size)
+	return f.chainFile.Truncate(size)
 }
 
 // After a write that fails everything is as before it, and the next one works.
@@ -785,7 +785,7 @@ func TestWriteFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			file, before := newChainFile(t, 2)
 			c := open(t, file)
-			fails.File = c.file.(*os.File)
+			fails.chainFile = c.file
 			c.file = &fails
 			old := *c
 			for range 3 {
@@ -797,13 +797,13 @@ func TestWriteFails(t *testing.T) {
 					t.Fatalf("after a failed append the chain is %v and the file %s", c.head, readFile(t, file))
 				}
 			}
-			fails = failingFile{File: fails.File}
+			fails = failingFile{chainFile: fails.chainFile}
 			appendBlock(t, c)
 			if again := openCopy(t, file); again.head != c.head || len(blocks(t, again)) != 3 {
 				t.Errorf("the chain read again ends with %v, want %v", again.head, c.head)
 			}
 
-			fails = failingFile{File: fails.File, write: full, written: 100, truncate: errors.New("input/output error")}
+			fails = failingFile{chainFile: fails.chainFile, write: full, written: 100, truncate: errors.New("input/output error")}
 			err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
 			if !errors.Is(err, errChainLost) || !errors.Is(err, full) || !errors.Is(err, fails.truncate) {
 				t.Errorf("append: %v, want all three errors", err)
@@ -841,7 +841,7 @@ func TestFileIsLost(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			file, text := newChainFile(t, 2)
 			c := open(t, file)
-			c.file = &failingFile{File: c.file.(*os.File), touched: func(by string) { t.Errorf("the lost file was touched by %s", by) }}
+			c.file = &failingFile{chainFile: c.file, touched: func(by string) { t.Errorf("the lost file was touched by %s", by) }}
 			test.touch(t, file, bytes.Clone(text))
 			touched, _ := os.ReadFile(file)
 			err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
@@ -862,7 +862,7 @@ func TestFileCannotBeChecked(t *testing.T) {
 	name, _ := newChainFile(t, 2)
 	c := open(t, name)
 	closeChain(c)
-	c.file = &failingFile{File: c.file.(*os.File), touched: func(by string) { t.Errorf("the file was touched by %s", by) }}
+	c.file = &failingFile{chainFile: c.file, touched: func(by string) { t.Errorf("the file was touched by %s", by) }}
 	err := c.append(generateBlock(c.head, 72, golden.Validator, time.Now()))
 	if want := "the chain cannot go on: stat " + name + ": " + os.ErrClosed.Error(); err == nil || err.Error() != want {
 		t.Errorf("append: %v, want %s", err, want)

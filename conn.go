@@ -39,10 +39,10 @@ const (
 	writeBuffer = 256 << 10
 
 	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
-	stallChecks   = 10                     // in a row without a byte taken end a connection
+	stallChecks   = 10                     // a client that takes no byte in so many checks in a row is reset
 	stallCheck    = time.Second            // between two checks
-	announceStep  = 25 * time.Millisecond  // until the workers that announce a draw are doubled
-	broadcastStep = 500 * time.Millisecond // the same for a broadcast of the chain, which is longer
+	announceStep  = 25 * time.Millisecond  // flushAll doubles its workers at this interval for a draw
+	broadcastStep = 500 * time.Millisecond // and at this one for the chain, which takes longer to write
 	lingerLimit   = time.Second            // from the last line to the reset
 	stopLimit     = 2 * time.Second        // from the stop to the reset of connections that are still being written to
 )
@@ -82,10 +82,10 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 	}
 }
 
-// serve accepts clients until ctx is done, then says goodbye to all of them and
-// returns when their connections are closed. An Accept that fails is retried after
-// 5 ms, later and later up to every second: what it lacks, such as file
-// descriptors, may be free again by then.
+// serve accepts clients until ctx is done, then tells all of them that the server is
+// shutting down and returns when their connections are closed. An Accept that fails is
+// retried after 5 ms, then each time after twice as long, up to a second: what was
+// missing, such as a file descriptor, may be free by then.
 func (s *server) serve(ctx context.Context, listener net.Listener) {
 	defer context.AfterFunc(ctx, func() { listener.Close() })()
 	for delay := time.Duration(0); ctx.Err() == nil; {
@@ -143,10 +143,12 @@ func (s *server) accept(ctx context.Context, conn tcpConn) {
 func (s *server) refuse(conn tcpConn) {
 	var c socket
 	c.init(conn)
-	c.finish("server full, try again later\n", s.open.Done)
-	s.mu.Lock()
-	s.refusals--
-	s.mu.Unlock()
+	c.finish("server full, try again later\n", func() {
+		s.mu.Lock()
+		s.refusals--
+		s.mu.Unlock()
+		s.open.Done()
+	})
 }
 
 // handleConn serves a client until it has staked.
@@ -195,7 +197,7 @@ func (s *server) stake(c *client, line []byte) error {
 	return nil
 }
 
-// handleBPMs serves a validator from its stake to the close of its connection.
+// handleBPMs serves a validator from its stake until its connection is closed.
 func (s *server) handleBPMs(ctx context.Context, c *client) {
 	var err error
 	for err == nil && ctx.Err() == nil {
@@ -220,7 +222,7 @@ func (s *server) propose(c *client, line []byte) error {
 		return err
 	}
 	p := s.lottery.propose(c.validator, bpm)
-	r := append(slices.Grow(c.replies, 160), "block "...)
+	r := append(slices.Grow(c.replies, 160), "block "...) // without fmt, which needs a larger stack
 	r = strconv.AppendInt(r, int64(p.index), 10)
 	if !p.added {
 		r = append(r, " already"...)
@@ -237,7 +239,8 @@ func (s *server) propose(c *client, line []byte) error {
 	return nil
 }
 
-// leave ends the part of a validator that sends no more BPMs; err is why.
+// leave ends the session of a validator that sends no more BPMs: err is a badLine, which
+// disqualifies it, or why it has disconnected.
 func (s *server) leave(ctx context.Context, c *client, err error) {
 	lastLine := ""
 	var bad badLine
@@ -260,8 +263,8 @@ func (s *server) disconnect(ctx context.Context, c *client, err error) {
 		how = fmt.Sprintf("dropped: %v", err)
 	}
 	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
-	c.mu.Lock() // so that no draw is announced between the next two
-	c.done = s.lottery.disconnect(c.validator)
+	c.mu.Lock() // so that nothing is enqueued after the disconnect and before c.removed is set
+	c.removed = s.lottery.disconnect(c.validator)
 	if err == errInterrupted {
 		c.err = err
 	}
@@ -271,10 +274,12 @@ func (s *server) disconnect(ctx context.Context, c *client, err error) {
 		c.conn.CloseWrite()
 	}
 	select {
-	case <-c.done:
+	case <-c.removed:
 	case <-ctx.Done():
 	}
-	c.acquire()
+	if dropped := c.acquire(); dropped != err && (dropped == errStalled || dropped == errQueueFull) {
+		s.log.Printf("validator %s dropped: %v", c.validator.address, dropped)
+	}
 }
 
 // close ends the connection of a client, after its last line if that is not empty.
@@ -292,8 +297,7 @@ func (s *server) close(ctx context.Context, c *client, lastLine string) {
 	s.clients = s.clients[:last]
 }
 
-// announce tells all validators who has won, with a stake of so many of the tokens
-// that were in the draw.
+// announce tells all validators who has won. tokens are all that were in the draw.
 func (s *server) announce(winner *validator, tokens int64) {
 	text := func(you string) *message {
 		return &message{pieces: [][]byte{fmt.Appendf(nil, "\nwinning validator: %s%s with %d of %d tokens\n%s",
@@ -332,13 +336,13 @@ func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*
 	return validators
 }
 
-// flushAll writes what is queued for the clients. When it returns, everything is written
-// or being written, so that draws are no faster than their announcements.
+// flushAll writes what is queued for the clients. It returns when each of them has been
+// written to or is being written to, so that draws do not get ahead of their announcements.
 //
 // A few workers write, since the stacks of ten thousand goroutines would stay with
 // the process. A client that takes nothing blocks its worker, so after every step
-// there are twice as many, up to one for each client: 13 steps are enough if 10,000
-// clients block.
+// there are twice as many, up to one for each client: about 13 steps are enough if
+// 10,000 clients block.
 func (s *server) flushAll(step time.Duration, clients []*client) {
 	if len(clients) == 0 {
 		return
@@ -398,8 +402,8 @@ type socket struct {
 	mu          sync.Mutex // guards the following; never held during a write
 	queue       []*message
 	err         error           // why nothing can be enqueued any more
-	idle        chan struct{}   // not nil: the reader waits until writing is false; closed then
-	done        <-chan struct{} // not nil: the client has half-closed; closed: it hears nothing more
+	idle        chan struct{}   // made by acquire while it waits; closed when there is no writer
+	removed     <-chan struct{} // set when the client sends no more; once it is closed, nothing is enqueued
 	writing     bool            // there is a writer
 	chainQueued bool            // a broadcast of the chain is queued or being written
 
@@ -532,13 +536,13 @@ func (s *socket) reply(format string, args ...any) {
 	s.replies = fmt.Appendf(s.replies, format, args...)
 }
 
-// enqueue queues a message for whoever flushes next. If the queue is full the connection
-// is given up; but a broadcast of the chain is left out.
+// enqueue queues a message for whoever flushes next. If the queue is full, the connection
+// is reset; a broadcast of the chain is left out instead.
 func (s *socket) enqueue(m *message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	select {
-	case <-s.done:
+	case <-s.removed:
 		return
 	default:
 	}
@@ -549,7 +553,7 @@ func (s *socket) enqueue(m *message) {
 	case full:
 		s.failLocked(errQueueFull)
 		return
-	case s.done != nil && !m.isChain:
+	case s.removed != nil && !m.isChain:
 		m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 	}
 	s.queue = append(s.queue, m)
@@ -573,7 +577,7 @@ func (s *socket) acquire() error {
 }
 
 // flush writes the replies and all that is queued, also what is queued meanwhile.
-// The caller is the writer, and is not any more when flush returns.
+// The caller must be the writer; when flush returns, it no longer is.
 func (s *socket) flush() {
 	err := s.write(s.replies)
 	s.replies = nil
@@ -582,7 +586,8 @@ func (s *socket) flush() {
 	s.flushQueueLocked(err)
 }
 
-// tryFlush writes all that is queued, unless there is a writer, which does that then.
+// tryFlush writes all that is queued. If there is a writer already, tryFlush returns at
+// once, since that one will write it.
 func (s *socket) tryFlush() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -592,8 +597,9 @@ func (s *socket) tryFlush() {
 	}
 }
 
-// flushQueueLocked writes all that is queued, unless there has been an error, and ends the
-// caller's being the writer. s.mu must be held; it is released during writes.
+// flushQueueLocked writes all that is queued, unless err says that a write has failed
+// already. The caller must be the writer; when flushQueueLocked returns it no longer is.
+// s.mu must be held; it is released during writes.
 func (s *socket) flushQueueLocked(err error) {
 	for len(s.queue) > 0 && err == nil {
 		m := s.queue[0]
@@ -617,9 +623,10 @@ func (s *socket) flushQueueLocked(err error) {
 	}
 }
 
-// write writes for the writer. The client may take the data as slowly as it likes,
-// but has to take some of it within stallChecks. These are counted, rather than the
-// time, so that after a pause of the whole process nobody is given up.
+// write writes the data. The caller must be the writer. The client may take the data as
+// slowly as it likes, but in each stallChecks in a row it has to take some of it. Checks
+// are counted, rather than time, so that a pause of the whole process costs no client
+// its connection. The write deadline stays set; the next write sets its own.
 func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
 		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
@@ -638,7 +645,7 @@ func (s *socket) write(data []byte) error {
 	return nil
 }
 
-// failLocked gives up the connection because of the error, which wakes its reader.
+// failLocked resets the connection because of the error, which wakes its reader.
 // s.mu must be held.
 func (s *socket) failLocked(err error) {
 	if s.err == nil {
@@ -671,8 +678,9 @@ func (s *socket) finish(lastLine string, closed func()) {
 	s.conn.CloseWrite()
 	end := time.Now().Add(lingerLimit)
 	s.conn.SetReadDeadline(end)
+	discarded := make([]byte, 512)
 	for err := error(nil); err == nil; {
-		_, err = s.conn.Read(make([]byte, 512))
+		_, err = s.conn.Read(discarded)
 	}
 	go func() {
 		time.Sleep(time.Until(end))

@@ -662,20 +662,28 @@ func TestFull(t *testing.T) {
 		ts.advance(lingerLimit)
 		ts.join(400)
 
-		// Refusing has its bound too.
-		var turnedAway []*testClient
-		for range maxRefusals + 1 {
-			turnedAway = append(turnedAway, ts.connectStalled())
+		// A hundred at a time are told so, each until its connection is closed; others are
+		// disconnected without a word.
+		for range 50 {
+			refused := ts.connect()
+			refused.halfClose()
+			refused.wantClosed("server full, try again later\n")
+			ts.connectStalled()
 		}
+		beyond := ts.connectStalled()
 		synctest.Wait()
-		if ts.refusals != maxRefusals {
-			t.Errorf("%d refusals, want %d", ts.refusals, maxRefusals)
+		if ts.refusals != 100 {
+			t.Errorf("%d refusals, want 100", ts.refusals)
 		}
-		if _, err := turnedAway[maxRefusals].Read(make([]byte, 1)); err != io.EOF {
+		if _, err := beyond.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
 		}
 		staked.send("\n")
 		staked.want("\nEnter a new BPM:")
+		ts.advance(lingerLimit)
+		if ts.refusals != 50 {
+			t.Errorf("%d refusals when those who read them are gone, want 50", ts.refusals)
+		}
 	})
 }
 
@@ -706,6 +714,19 @@ func TestStall(t *testing.T) {
 		ts.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
 		ts.wantValidators(0, 0)
 	})
+	runServer(t, func(ts *testServer) { // also one that has half-closed
+		c := ts.joinStalled()
+		c.send("72\n")
+		io.ReadFull(c, make([]byte, len("block 1 proposed with BPM 72: 1 of 1 tokens so far, draw in 30s\n\nEnter a new BPM:")))
+		c.halfClose()
+		ts.advance(time.Second)
+		ts.wantLog(" disconnects; its stake counts until the next draw\n")
+		ts.broadcast(ts.lottery.chain.latest(0))
+		ts.advance(11 * time.Second)
+		ts.advance(30 * time.Second)
+		ts.wantLog(" dropped: it took nothing for 10s\n")
+		ts.wantValidators(0, 0)
+	})
 	runServer(t, func(ts *testServer) {
 		c := ts.joinStalled()
 		c.send("72\n")
@@ -727,11 +748,17 @@ func TestBehind(t *testing.T) {
 		stalled.send("72\n")
 		ts.advance(10 * time.Millisecond)
 		ts.wantValidators(2, 2)
-		for range 1 + maxQueue {
+		logged := ""
+		for range 64 { // and one waits already
 			c.send("72\n")
 			ts.advance(10 * time.Millisecond)
-			ts.log.take()
+			logged = ts.log.take()
 		}
+		if !strings.Contains(logged, " dropped: it is 64 messages behind; its stake counts until the next draw\n") {
+			t.Errorf("logged %q", logged)
+		}
+		c.send("72\n")
+		ts.advance(10 * time.Millisecond)
 		ts.wantValidators(1, 1)
 	})
 	runServer(t, func(ts *testServer) {

@@ -19,14 +19,14 @@ import (
 // each have 10^18 tokens, so no total overflows an int64.
 const maxStake = 1_000_000_000_000
 
-// A validator takes part in the lottery from its join until it is disqualified, or
-// until the first draw after its disconnect. address and stake never change; the
-// lottery's mutex guards the rest.
+// A validator takes part in the lottery from its join until it is disqualified or, after
+// its disconnect, until the draw that its candidate is in. address and stake never
+// change; the lottery's mutex guards the rest.
 type validator struct {
 	address string        // 64 hexadecimal digits
 	stake   int64         // tokens, 1 to maxStake
 	index   int           // of its candidate in the round's tempBlocks, if there is one
-	removed chan struct{} // made by disconnect, closed by the first draw after it
+	removed chan struct{} // made by disconnect; closed when the validator is removed
 }
 
 // A lotteryPool holds the stakes of a round's candidates. It stands for the
@@ -184,8 +184,8 @@ func (l *lottery) removeLocked(v *validator) {
 	l.tokens -= v.stake
 }
 
-// disconnect has the validator removed after the open round's draw, in which its
-// stake and its candidate still count. Then the channel is closed.
+// disconnect marks the validator for removal after the open round's draw, in which its
+// stake and its candidate still count. The channel is closed when it has been removed.
 func (l *lottery) disconnect(v *validator) <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -197,7 +197,7 @@ func (l *lottery) disconnect(v *validator) <-chan struct{} {
 // run draws a winner at every tick and broadcasts the chain at every tick of
 // another ticker, until ctx is done or the chain is lost. Where both tick at once
 // the draw comes first. A draw that takes longer than a round skips ticks.
-func (l *lottery) run(ctx context.Context, validators announcer) error {
+func (l *lottery) run(ctx context.Context, to announcer) error {
 	draws := time.NewTicker(l.roundInterval)
 	defer draws.Stop()
 	broadcasts := time.NewTicker(l.broadcastInterval)
@@ -209,18 +209,18 @@ func (l *lottery) run(ctx context.Context, validators announcer) error {
 		case <-ctx.Done():
 			return nil
 		case tick := <-draws.C:
-			if err := l.pickWinner(tick, validators); err != nil {
+			if err := l.pickWinner(tick, to); err != nil {
 				return err
 			}
 		case <-broadcasts.C:
 			select {
 			case tick := <-draws.C:
-				if err := l.pickWinner(tick, validators); err != nil {
+				if err := l.pickWinner(tick, to); err != nil {
 					return err
 				}
 			default:
 			}
-			validators.broadcast(l.chain.latest(l.broadcastBlocks))
+			to.broadcast(l.chain.latest(l.broadcastBlocks))
 		}
 	}
 }
@@ -231,10 +231,13 @@ func (l *lottery) run(ctx context.Context, validators announcer) error {
 // and nobody should wait for it. If writing it fails, both rounds become one, and the
 // disconnected validators that have a candidate in it stay for its draw. The error
 // is errChainLost, after which no draw can succeed.
-func (l *lottery) pickWinner(tick time.Time, validators announcer) error {
+func (l *lottery) pickWinner(tick time.Time, to announcer) error {
 	l.mu.Lock()
 	drawn := l.round
-	l.round = round{index: drawn.index + min(len(drawn.tempBlocks), 1)}
+	l.round = round{index: drawn.index}
+	if len(drawn.tempBlocks) > 0 {
+		l.round.index++
+	}
 	l.lastTick = tick
 	l.mu.Unlock()
 
@@ -251,7 +254,7 @@ func (l *lottery) pickWinner(tick time.Time, validators announcer) error {
 		default:
 			l.log.Printf("block %d: validator %s wins with %d tokens; candidates: %d, tokens: %d",
 				block.Index, winner.address, winner.stake, len(drawn.tempBlocks), drawn.pool.total)
-			validators.announce(winner, drawn.pool.total)
+			to.announce(winner, drawn.pool.total)
 			l.dump(block)
 		}
 	}

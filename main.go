@@ -75,7 +75,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
-	signal.Ignore(syscall.SIGPIPE) // so that a closed pipe is an error of the write
+	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
 	stderr := newOutput(os.Stderr, "the log", "lines")
 	logger := log.New(stderr, "", log.LstdFlags)
@@ -143,16 +143,21 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	return err
 }
 
+// windowsEADDRINUSE is WSAEADDRINUSE; package syscall's EADDRINUSE is another number there.
+const windowsEADDRINUSE = syscall.Errno(10048)
+
 // listen listens on the port of the host.
 func listen(host string, port int) (net.Listener, error) {
 	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
+	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
 		other := 9100
 		if port == other {
 			other = 9200
 		}
 		return nil, fmt.Errorf("cannot listen on port %d: it is in use; choose another: PORT=%d", port, other)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("cannot listen on port %d: %w; choose another: PORT=9000", port, err)
 	case err != nil:
 		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST, which must be a name or an address of this machine, or empty for all of them: %w", port, host, err)
 	}
@@ -161,7 +166,7 @@ func listen(host string, port int) (net.Listener, error) {
 
 const (
 	maxOutput  = 1 << 20     // bytes that wait for each output
-	maxNotices = 4 << 10     // bytes in addition, of what the log says about left out writes
+	maxNotices = 4 << 10     // bytes in addition, for what the log says about writes that were left out
 	flushLimit = time.Second // from the end of the last connection to the end of the outputs
 )
 
@@ -176,14 +181,15 @@ type output struct {
 	name    string
 	unit    string // of what one Write writes, in the plural
 	notices *log.Logger
-	wake    chan struct{} // receives when the queue is no longer empty; has room for one
+	wake    chan struct{} // gets a value when busy becomes true; has room for one
 
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
+	busy    bool          // the goroutine has something to do
 	omitted int           // writes left out since the last notice
-	err     error         // of the last of them that was tried
-	empty   chan struct{} // not nil: closed when the queue is empty
+	err     error         // of the last write that failed since then
+	idle    chan struct{} // made by flush while it waits; closed when busy becomes false
 }
 
 func newOutput(file io.Writer, name, unit string) *output {
@@ -208,7 +214,7 @@ func (o *output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A noticeWriter writes to an output whose writes are being left out.
+// A noticeWriter writes to an output also when its queue is full, within maxNotices.
 type noticeWriter struct{ *output }
 
 func (w noticeWriter) Write(p []byte) (int, error) {
@@ -224,36 +230,36 @@ func (w noticeWriter) Write(p []byte) (int, error) {
 func (o *output) enqueueLocked(p []byte) {
 	o.queue = append(o.queue, bytes.Clone(p))
 	o.size += len(p)
-	if len(o.queue) == 1 {
-		o.wake <- struct{}{} // does not wait, since the goroutine has emptied the queue since the last
+	if !o.busy {
+		o.busy = true
+		o.wake <- struct{}{} // never waits: the goroutine has taken the value before
 	}
 }
 
-// writeQueue writes until the queue is empty.
+// writeQueue writes until the queue is empty, and logs how many writes were left out.
 func (o *output) writeQueue() {
-	var err error
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	for len(o.queue) > 0 {
 		next := o.queue[0]
 		o.mu.Unlock()
-		_, err = o.file.Write(next)
+		_, err := o.file.Write(next)
 		o.mu.Lock()
 		o.queue = o.queue[1:]
 		o.size -= len(next)
 		if err != nil {
 			o.omitted++
 			o.err = err
+		} else if len(o.queue) == 0 {
+			o.mu.Unlock()
+			o.logOmitted()
+			o.mu.Lock()
 		}
 	}
-	o.mu.Unlock()
-	if err == nil {
-		o.logOmitted()
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.empty != nil && len(o.queue) == 0 {
-		close(o.empty)
-		o.empty = nil
+	o.busy = false
+	if o.idle != nil {
+		close(o.idle)
+		o.idle = nil
 	}
 }
 
@@ -272,16 +278,16 @@ func (o *output) logOmitted() {
 // flush waits until everything is written, until end at most, and has the log say
 // what is left out for good.
 func (o *output) flush(end time.Time) {
-	empty := make(chan struct{})
+	idle := make(chan struct{})
 	o.mu.Lock()
-	if len(o.queue) == 0 {
-		close(empty)
+	if o.busy {
+		o.idle = idle
 	} else {
-		o.empty = empty
+		close(idle)
 	}
 	o.mu.Unlock()
 	select {
-	case <-empty:
+	case <-idle:
 	case <-time.After(time.Until(end)):
 	}
 	o.mu.Lock()
@@ -321,10 +327,10 @@ func readSettings() (set settings, unknown []string, err error) {
 	}
 	var faults []error
 	get := func(key string) string {
-		if value, set := os.LookupEnv(key); set {
+		if value, ok := os.LookupEnv(key); ok {
 			return value
 		}
-		if value, set := dotenv[key]; set {
+		if value, ok := dotenv[key]; ok {
 			return value
 		}
 		return defaults[key]
@@ -365,7 +371,7 @@ func readDotenv() (map[string]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot read .env: %w", err)
 	}
-	// With a line end at the very end, a last line without = is a fault as elsewhere.
+	// Without a newline at its end, godotenv would accept a last line without =.
 	env, err := godotenv.UnmarshalBytes(append(text, '\n'))
 	if err == nil {
 		return env, nil

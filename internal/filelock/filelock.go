@@ -1,5 +1,6 @@
 // Package filelock locks open files, so that two processes do not use the same
-// one. The locks are advisory: who does not ask for the lock is not hindered.
+// one. The locks are advisory: a process that does not ask for the lock is not
+// hindered.
 package filelock
 
 import "os"
