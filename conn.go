@@ -265,9 +265,6 @@ func (s *server) disconnect(ctx context.Context, c *client, err error) {
 	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
 	c.mu.Lock() // so that nothing is enqueued after the disconnect and before c.removed is set
 	c.removed = s.lottery.disconnect(c.validator)
-	if err == errInterrupted {
-		c.err = err
-	}
 	c.mu.Unlock()
 	c.flush()
 	if err == errInterrupted {
@@ -293,8 +290,7 @@ func (s *server) close(ctx context.Context, c *client, lastLine string) {
 	last := len(s.clients) - 1
 	s.clients[c.index] = s.clients[last]
 	s.clients[c.index].index = c.index
-	s.clients[last] = nil
-	s.clients = s.clients[:last]
+	s.clients = slices.Delete(s.clients, last, last+1)
 }
 
 // announce tells all validators who has won. tokens are all that were in the draw.

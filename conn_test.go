@@ -641,6 +641,13 @@ func TestHangUp(t *testing.T) {
 	})
 }
 
+// refused returns how many clients are being told that the server is full.
+func (ts *testServer) refused() int {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	return ts.refusals
+}
+
 func TestFull(t *testing.T) {
 	set := func(s *server) { s.maxValidators = 2 }
 	runServerWith(t, set, func(ts *testServer) {
@@ -672,8 +679,8 @@ func TestFull(t *testing.T) {
 		}
 		beyond := ts.connectStalled()
 		synctest.Wait()
-		if ts.refusals != 100 {
-			t.Errorf("%d refusals, want 100", ts.refusals)
+		if n := ts.refused(); n != 100 {
+			t.Errorf("%d refusals, want 100", n)
 		}
 		if _, err := beyond.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
@@ -681,8 +688,8 @@ func TestFull(t *testing.T) {
 		staked.send("\n")
 		staked.want("\nEnter a new BPM:")
 		ts.advance(lingerLimit)
-		if ts.refusals != 50 {
-			t.Errorf("%d refusals when those who read them are gone, want 50", ts.refusals)
+		if n := ts.refused(); n != 50 {
+			t.Errorf("%d refusals when those who read them are gone, want 50", n)
 		}
 	})
 }
@@ -968,6 +975,24 @@ func TestStop(t *testing.T) {
 	})
 }
 
+// The last line of a half-closed client comes after what is being written to it.
+func TestStopWhileWriting(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
+		c.halfClose()
+		synctest.Wait()
+		ts.broadcast(ts.lottery.chain.latest(0))
+		synctest.Wait()
+		go ts.stop()
+		synctest.Wait()
+		heard, err := io.ReadAll(c)
+		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(0), nil), bpmPrompt)
+		if string(heard) != want || err != nil {
+			t.Errorf("heard %q, %v, want %q", heard, err, want)
+		}
+	})
+}
+
 // wantBounded checks that no session holds more than its share.
 func (ts *testServer) wantBounded() {
 	ts.Helper()
@@ -1103,8 +1128,9 @@ func TestHostileClients(t *testing.T) {
 				}
 				for round := range rounds {
 					bystander.send("72\n")
-					if heard := bystander.heard.take(); !strings.Contains(heard, " proposed with BPM 72: ") {
-						t.Fatalf("round %d: the bystander heard %q", round, heard)
+					want := fmt.Sprintf("block %d proposed with BPM 72: 1000 of ", ts.lottery.round.index)
+					if heard := bystander.heard.take(); !strings.Contains(heard, want) {
+						t.Fatalf("round %d: the bystander heard %.1000q, want %q", round, heard, want)
 					}
 					for range 30 {
 						ts.advance(time.Second)

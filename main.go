@@ -53,8 +53,8 @@ standard output and its log on standard error. Ctrl-C stops it.
 The chain is kept in CHAIN_FILE and goes on when the server is started again.
 To begin a new chain, stop the server and move that file away.
 
-Settings are read from the environment, then from the file .env in the working
-directory, then from these defaults:
+Settings in the environment come before those in the file .env in the working
+directory, and those before these defaults:
 
 `
 
