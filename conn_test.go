@@ -575,9 +575,9 @@ func TestHalfClose(t *testing.T) {
 		ts.wantValidators(0, 0)
 
 		c := ts.join(100)
-		c.send("72")
+		c.send("7")
 		c.halfClose()
-		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
+		c.want("block 1 proposed with BPM 7: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
 		ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
 		ts.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
 		c.wantClosed("\nwinning validator: " + c.address + " (you) with 100 of 100 tokens\n")
@@ -591,8 +591,7 @@ func TestDisconnectIsOneStep(t *testing.T) {
 	peer, conn := newDuplex()
 	defer peer.Close()
 	s := newServer(newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0)), 1, log.New(io.Discard, "", 0))
-	c := new(client)
-	c.init(conn)
+	c := &client{socket: socket{conn: conn, writing: true}}
 	c.validator, _, _ = s.lottery.join(1)
 	ctx, stop := context.WithCancel(t.Context())
 	s.lottery.mu.Lock() // and so the disconnect waits in the middle
@@ -882,8 +881,8 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 	})
 }
 
-// An announcement has as many workers as there are processors, twice as many after announceStep
-// and so on, but never more than clients, since each can block one.
+// An announcement has as many workers as there are processors, after announceStep twice as
+// many more and so on, but never more than clients, since each can block one.
 func TestAnnounceWorkers(t *testing.T) {
 	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
@@ -894,8 +893,8 @@ func TestAnnounceWorkers(t *testing.T) {
 	}{
 		{100, time.Millisecond, announceStep / 2, processors},
 		{100, 9 * time.Second, announceStep / 2, processors},
-		{100, 9 * time.Second, announceStep * 3 / 2, 2 * processors},
-		{100, 9 * time.Second, announceStep * 5 / 2, 4 * processors},
+		{100, 9 * time.Second, announceStep * 3 / 2, 3 * processors},
+		{100, 9 * time.Second, announceStep * 5 / 2, 7 * processors},
 		{3, 9 * time.Second, announceStep * 5 / 2, 3},
 		{processors - 1, 9 * time.Second, announceStep / 2, processors - 1},
 	} {
@@ -1259,18 +1258,20 @@ func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
 
 // Telnet's Ctrl-C closes the connection at once; stake and block stay for the draw.
 func TestInterrupt(t *testing.T) {
-	runServer(t, func(ts *testServer) {
-		c, other := ts.join(100), ts.join(1)
-		c.send("72\n")
-		c.heard.take()
-		c.send("7\xff\xf4\xff\xfd\x06")
-		c.wantClosed("")
-		ts.wantValidators(2, 101)
-		ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
-		ts.advance(30 * time.Second)
-		other.want(c.wins(100))
-		ts.wantValidators(1, 1)
-	})
+	for _, sent := range []string{"7\xff\xf4\xff\xfd\x06", "7\xff\xf3"} { // Ctrl-C, Break
+		runServer(t, func(ts *testServer) {
+			c, other := ts.join(100), ts.join(1)
+			c.send("72\n")
+			c.heard.take()
+			c.send(sent)
+			c.wantClosed("")
+			ts.wantValidators(2, 101)
+			ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
+			ts.advance(30 * time.Second)
+			other.want(c.wins(100))
+			ts.wantValidators(1, 1)
+		})
+	}
 }
 
 // FuzzSession says that whatever a client sends, it hears the same however that is
