@@ -1302,8 +1302,8 @@ func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
 		}
 		c.halfClose()
 		ts.advance(30 * time.Second)
-		c.wantClosed(c.heard.peek())
-		heard, logged = c.heard.take(), ts.log.take()
+		heard, logged = c.heard.peek(), ts.log.take()
+		c.wantClosed(heard)
 	})
 	address := regexp.MustCompile("[0-9a-f]{64}")
 	return address.ReplaceAllString(heard, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")
