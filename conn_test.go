@@ -696,7 +696,7 @@ func TestFull(t *testing.T) {
 // One who takes nothing is dropped, while its block stays in; one who takes a
 // byte now and then is not.
 func TestStall(t *testing.T) {
-	for pause, dropped := range map[time.Duration]bool{9 * time.Second: false, 12 * time.Second: true} {
+	for pause, dropped := range map[time.Duration]bool{9900 * time.Millisecond: false, 12 * time.Second: true} {
 		runServer(t, func(ts *testServer) {
 			c := ts.joinStalled()
 			c.send("72\n")
@@ -743,6 +743,42 @@ func TestStall(t *testing.T) {
 		}
 		ts.advance(time.Nanosecond)
 		ts.wantLog("it took nothing for 10s;")
+	})
+}
+
+// A client that takes a byte now and then gets each byte once.
+func TestSlowReader(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
+		winner := strings.Repeat("a", 64)
+		ts.announce(&validator{address: winner, stake: 5}, 7)
+		want := "\nwinning validator: " + winner + " with 5 of 7 tokens\n\nEnter a new BPM:"
+		heard := make([]byte, len(want))
+		for i := range heard {
+			ts.advance(1500 * time.Millisecond)
+			io.ReadFull(c, heard[i:i+1])
+		}
+		if string(heard) != want {
+			t.Errorf("heard %q, want %q", heard, want)
+		}
+	})
+}
+
+// A write that fails ends what is queued for a client, also if it has half-closed.
+func TestWriteToClosed(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.join(100)
+		c.halfClose()
+		synctest.Wait()
+		c.Close()
+		ts.announce(new(validator), 0)
+		synctest.Wait()
+		s := ts.clients[0]
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.err == nil {
+			t.Error("messages are still queued")
+		}
 	})
 }
 
