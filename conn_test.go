@@ -767,17 +767,19 @@ func TestSlowReader(t *testing.T) {
 // A write that fails ends what is queued for a client, also if it has half-closed.
 func TestWriteToClosed(t *testing.T) {
 	runServer(t, func(ts *testServer) {
-		c := ts.join(100)
+		c := ts.joinStalled()
 		c.halfClose()
 		synctest.Wait()
+		for range 3 {
+			ts.announce(new(validator), 0)
+		}
 		c.Close()
-		ts.announce(new(validator), 0)
 		synctest.Wait()
 		s := ts.clients[0]
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.err == nil {
-			t.Error("messages are still queued")
+		if s.err == nil || len(s.queue) > 0 {
+			t.Errorf("%d messages are queued, %v", len(s.queue), s.err)
 		}
 	})
 }
