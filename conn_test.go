@@ -1012,6 +1012,19 @@ func TestStop(t *testing.T) {
 	})
 }
 
+// Nothing follows the last line, also if it is not taken at once.
+func TestLastLineIsTheLast(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
+		c.send("x\n")
+		ts.announce(new(validator), 0)
+		heard, err := io.ReadAll(c)
+		if want := "BPM must be a whole number of at most 15 digits, got \"x\": 1 staked tokens forfeited\n"; string(heard) != want || err != nil {
+			t.Errorf("heard %q, %v, want %q", heard, err, want)
+		}
+	})
+}
+
 // The last line of a half-closed client comes after what is being written to it.
 func TestStopWhileWriting(t *testing.T) {
 	runServer(t, func(ts *testServer) {
