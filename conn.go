@@ -88,7 +88,8 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 // missing, such as a file descriptor, may be free by then.
 func (s *server) serve(ctx context.Context, listener net.Listener) {
 	defer context.AfterFunc(ctx, func() { listener.Close() })()
-	for delay := time.Duration(0); ctx.Err() == nil; {
+	var delay time.Duration
+	for ctx.Err() == nil {
 		conn, err := listener.Accept()
 		if err == nil {
 			delay = 0
@@ -123,7 +124,7 @@ func (s *server) accept(ctx context.Context, conn tcpConn) {
 	defer s.mu.Unlock()
 	switch {
 	case len(s.clients) < s.maxValidators:
-		c := &client{socket: socket{conn: conn, writing: true}, index: len(s.clients)}
+		c := &client{socket: socket{conn: conn}, index: len(s.clients)}
 		conn.SetWriteBuffer(writeBuffer)
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before serve can set another
 		s.clients = append(s.clients, c)
@@ -140,7 +141,7 @@ func (s *server) accept(ctx context.Context, conn tcpConn) {
 
 // refuse tells a client that there is no room for it.
 func (s *server) refuse(conn tcpConn) {
-	c := socket{conn: conn, writing: true}
+	c := socket{conn: conn}
 	c.finish("server full, try again later\n", func() {
 		s.mu.Lock()
 		s.refusals--
@@ -320,7 +321,6 @@ func (s *server) broadcast(chain [][]byte) {
 func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*client) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	validators = make([]*client, 0, len(s.clients))
 	for _, c := range s.clients {
 		if c.validator != nil {
 			c.enqueue(messageFor(c))
@@ -396,7 +396,7 @@ type socket struct {
 	err         error           // why nothing can be enqueued any more
 	idle        chan struct{}   // made by acquire while it waits; closed when there is no writer
 	removed     <-chan struct{} // set when the client sends no more; once it is closed, nothing is enqueued
-	writing     bool            // there is a writer
+	released    bool            // there is no writer
 	chainQueued bool            // a broadcast of the chain is queued or being written
 
 	// The following belong to the reader.
@@ -551,14 +551,14 @@ func (s *socket) enqueue(m *message) {
 func (s *socket) acquire() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.writing {
+	for !s.released {
 		idle := make(chan struct{})
 		s.idle = idle
 		s.mu.Unlock()
 		<-idle
 		s.mu.Lock()
 	}
-	s.writing = true
+	s.released = false
 	return s.err
 }
 
@@ -577,8 +577,8 @@ func (s *socket) flush() {
 func (s *socket) tryFlush() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.writing {
-		s.writing = true
+	if s.released {
+		s.released = false
 		s.flushQueueLocked(nil)
 	}
 }
@@ -602,7 +602,7 @@ func (s *socket) flushQueueLocked(err error) {
 	if err != nil {
 		s.failLocked(err)
 	}
-	s.writing = false
+	s.released = true
 	if s.idle != nil {
 		close(s.idle)
 		s.idle = nil

@@ -591,7 +591,7 @@ func TestDisconnectIsOneStep(t *testing.T) {
 	peer, conn := newDuplex()
 	defer peer.Close()
 	s := newServer(newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0)), 1, log.New(io.Discard, "", 0))
-	c := &client{socket: socket{conn: conn, writing: true}}
+	c := &client{socket: socket{conn: conn}}
 	c.validator, _, _ = s.lottery.join(1)
 	ctx, stop := context.WithCancel(t.Context())
 	s.lottery.mu.Lock() // and so the disconnect waits in the middle
