@@ -321,6 +321,7 @@ func (s *server) broadcast(chain [][]byte) {
 func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*client) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	validators = make([]*client, 0, len(s.clients))
 	for _, c := range s.clients {
 		if c.validator != nil {
 			c.enqueue(messageFor(c))
