@@ -613,11 +613,12 @@ func (s *socket) flushQueueLocked(err error) {
 // write writes the data. The caller must be the writer. The client may take the data as
 // slowly as it likes, but in each stallChecks in a row it has to take some of it. Checks
 // are counted, rather than time, so that a pause of the whole process costs no client
-// its connection. The write deadline stays set; the next write sets its own.
+// its connection.
 func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
 		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
 		n, err := s.conn.Write(data)
+		s.conn.SetWriteDeadline(time.Time{}) // else its timer would stay for a second, with thousands of others
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
