@@ -54,6 +54,10 @@ var (
 	errQueueFull   = fmt.Errorf("it is %d messages behind", maxQueue)
 )
 
+// isSlowClient reports whether a connection was reset because of err, since its client
+// was too slow.
+func isSlowClient(err error) bool { return err == errStalled || err == errQueueFull }
+
 // A server accepts the validators of one lottery and tells them its results.
 type server struct {
 	lottery       *lottery
@@ -258,7 +262,7 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 // there are no more BPMs.
 func (s *server) disconnect(ctx context.Context, c *client, err error) {
 	how := "disconnects"
-	if err == errStalled || err == errQueueFull {
+	if isSlowClient(err) {
 		how = fmt.Sprintf("dropped: %v", err)
 	}
 	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
@@ -273,7 +277,7 @@ func (s *server) disconnect(ctx context.Context, c *client, err error) {
 	case <-c.removed:
 	case <-ctx.Done():
 	}
-	if dropped := c.acquire(); dropped != err && (dropped == errStalled || dropped == errQueueFull) {
+	if dropped := c.acquire(); dropped != err && isSlowClient(dropped) {
 		s.log.Printf("validator %s dropped: %v", c.validator.address, dropped)
 	}
 }
@@ -381,9 +385,10 @@ type tcpConn interface {
 // A socket reads a client's lines and writes replies and messages to it, in the
 // way of ergo's irc/socket.go:
 //
-//  1. One goroutine at a time is the writer. At first it is the reader, which becomes the
-//     writer again before it handles a line and flushes its replies before it waits for the next one.
-//     So when the client is slow to read replies, the server stops reading from it.
+//  1. One goroutine at a time is the writer. At first it is the reader, which becomes
+//     the writer again before it handles a line and flushes its replies before it waits
+//     for the next one. So when the client is slow to read replies, the server stops
+//     reading from it.
 //  2. enqueue never waits. The writer writes what is queued, in that order, after
 //     its replies.
 //  3. At most maxQueue messages are queued, and of the chain's broadcasts one.

@@ -77,11 +77,10 @@ func main() {
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
-	stderr := newOutput(os.Stderr, "the log", "lines")
+	stderr := &output{file: os.Stderr, name: "the log", unit: "lines"}
 	logger := log.New(stderr, "", log.LstdFlags)
 	stderr.notices = log.New(noticeWriter{stderr}, "", log.LstdFlags)
-	stdout := newOutput(os.Stdout, "standard output", "blocks")
-	stdout.notices = stderr.notices
+	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", notices: stderr.notices}
 	err := run(ctx, stdout, logger)
 	if err != nil {
 		logger.Print(err)
@@ -173,33 +172,22 @@ const (
 var errNotRead = errors.New("it was not read")
 
 // An output is standard output or standard error. Whoever reads it may stop reading,
-// as a terminal does after Ctrl-S; so Write only queues, and a goroutine writes. When
-// more than maxOutput bytes would be queued, writes are left out until the queue has
-// been written. Then the log says how many they were.
+// as a terminal does after Ctrl-S; so Write only queues, and a goroutine writes that
+// ends when the queue is empty. When more than maxOutput bytes would be queued, writes are
+// left out until the queue has been written. Then the log says how many they were.
 type output struct {
 	file    io.Writer
 	name    string
 	unit    string // of what one Write writes, in the plural
 	notices *log.Logger
-	wake    chan struct{} // gets a value when busy becomes true; has room for one
 
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
-	busy    bool          // the goroutine has something to do
+	busy    bool          // writeQueue runs
 	omitted int           // writes left out since the last notice
 	err     error         // of the last write that failed since then
 	idle    chan struct{} // made by flush while it waits; closed when busy becomes false
-}
-
-func newOutput(file io.Writer, name, unit string) *output {
-	o := &output{file: file, name: name, unit: unit, wake: make(chan struct{}, 1)}
-	go func() {
-		for range o.wake {
-			o.writeQueue()
-		}
-	}()
-	return o
 }
 
 // Write never waits and never fails.
@@ -232,7 +220,7 @@ func (o *output) enqueueLocked(p []byte) {
 	o.size += len(p)
 	if !o.busy {
 		o.busy = true
-		o.wake <- struct{}{} // never waits: the goroutine has taken the value before
+		go o.writeQueue()
 	}
 }
 
