@@ -225,7 +225,8 @@ func (s *server) propose(c *client, line []byte) error {
 		return err
 	}
 	p := s.lottery.propose(c.validator, bpm)
-	r := append(slices.Grow(c.replies, 160), "block "...) // without fmt, which needs a larger stack
+	replies := c.replyBuffer()
+	r := append(replies.AvailableBuffer(), "block "...) // without fmt, which needs a larger stack
 	r = strconv.AppendInt(r, int64(p.index), 10)
 	if !p.added {
 		r = append(r, " already"...)
@@ -238,7 +239,7 @@ func (s *server) propose(c *client, line []byte) error {
 	r = strconv.AppendInt(r, p.tokens, 10)
 	r = append(r, " tokens so far, draw in "...)
 	r = append(r, p.drawIn.Round(time.Second).String()...)
-	c.replies = append(r, "\n"+bpmPrompt...)
+	replies.Write(append(r, "\n"+bpmPrompt...))
 	return nil
 }
 
@@ -395,7 +396,7 @@ type tcpConn interface {
 //  4. No goroutine but the reader stays when everything is written.
 type socket struct {
 	conn    tcpConn
-	replies []byte // not yet written; belongs to the writer
+	replies *bytes.Buffer // not yet written; nil if there are none; belongs to the writer
 
 	mu          sync.Mutex // guards the following; never held during a write
 	queue       []*message
@@ -523,9 +524,20 @@ func (t *telnetState) strip(p []byte) (n int) {
 	return n
 }
 
+// replyBuffers are shared by all sockets: most validators have no reply to write at a time.
+var replyBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// replyBuffer returns the buffer of the replies. The caller is the writer.
+func (s *socket) replyBuffer() *bytes.Buffer {
+	if s.replies == nil {
+		s.replies = replyBuffers.Get().(*bytes.Buffer)
+	}
+	return s.replies
+}
+
 // reply adds to the replies. The caller is the writer.
 func (s *socket) reply(format string, args ...any) {
-	s.replies = fmt.Appendf(s.replies, format, args...)
+	fmt.Fprintf(s.replyBuffer(), format, args...)
 }
 
 // enqueue queues a message for whoever flushes next. If the queue is full, the connection
@@ -571,8 +583,13 @@ func (s *socket) acquire() error {
 // flush writes the replies and all that is queued, also what is queued meanwhile.
 // The caller must be the writer; when flush returns, it no longer is.
 func (s *socket) flush() {
-	err := s.write(s.replies)
-	s.replies = nil
+	var err error
+	if s.replies != nil {
+		err = s.write(s.replies.Bytes())
+		s.replies.Reset()
+		replyBuffers.Put(s.replies)
+		s.replies = nil
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.flushQueueLocked(err)
@@ -600,6 +617,7 @@ func (s *socket) flushQueueLocked(err error) {
 		for i := 0; i < len(m.pieces) && err == nil; i++ {
 			err = s.write(m.pieces[i])
 		}
+		s.conn.SetWriteDeadline(time.Time{}) // else its timer would stay for a second, with thousands of others
 		s.mu.Lock()
 		if m.isChain {
 			s.chainQueued = false
@@ -623,7 +641,6 @@ func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
 		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
 		n, err := s.conn.Write(data)
-		s.conn.SetWriteDeadline(time.Time{}) // else its timer would stay for a second, with thousands of others
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}

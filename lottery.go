@@ -20,8 +20,8 @@ import (
 const maxStake = 1_000_000_000_000
 
 // A validator takes part in the lottery from its join until it is disqualified or, after
-// its disconnect, until the draw that its candidate is in. address and stake never
-// change; the lottery's mutex guards the rest.
+// its disconnect, until the draw that ends the round. address and stake never change;
+// the lottery's mutex guards the rest.
 type validator struct {
 	address string        // 64 hexadecimal digits
 	stake   int64         // tokens, 1 to maxStake
