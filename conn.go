@@ -213,7 +213,7 @@ func (s *server) handleBPMs(ctx context.Context, c *client) {
 }
 
 // propose proposes a block with the BPM in the line. The reply says which BPM stands,
-// since what was half typed when news came is still in the line that the terminal
+// since what was half typed when a message came is still in the line that the terminal
 // sends. A line that is no BPM is an error, a badLine.
 func (s *server) propose(c *client, line []byte) error {
 	if len(line) == 0 {
