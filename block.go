@@ -220,7 +220,7 @@ func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
 	return c, nil
 }
 
-// load loads the chain from the file, on the terms of openBlockchain.
+// load loads the chain from the file, as openBlockchain documents.
 func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 	if !filelock.TryLock(file) {
 		return errors.New("another server uses it; give each its own")
@@ -333,7 +333,7 @@ func (c *Blockchain) append(block Block) error {
 	return nil
 }
 
-// write appends a line to the file and syncs it, on the terms of append.
+// write appends a line to the file and syncs it. Its error is as append documents.
 func (c *Blockchain) write(line []byte) error {
 	if err := c.checkFile(); err != nil {
 		return fmt.Errorf("%w: %w", errChainLost, err)

@@ -31,7 +31,7 @@ const (
 	// maxQueue bounds the messages that are queued for a slow client.
 	maxQueue = 64
 
-	// maxRefusals bounds the clients that are being told that the server is full.
+	// maxRefusals bounds the clients that are being refused since the server is full.
 	maxRefusals = 100
 
 	// writeBuffer bounds in bytes what the kernel holds for a client that reads slowly;
@@ -39,10 +39,10 @@ const (
 	writeBuffer = 256 << 10
 
 	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
+	stallInterval = time.Second            // between two checks whether a client takes what is written
 	stallChecks   = 10                     // a client that takes no byte in so many checks in a row is reset
-	stallCheck    = time.Second            // between two checks
-	announceStep  = 25 * time.Millisecond  // flushAll doubles its workers at this interval for a draw
-	broadcastStep = 500 * time.Millisecond // and at this one for the chain, which takes longer to write
+	announceStep  = 25 * time.Millisecond  // the step of flushAll for a draw
+	broadcastStep = 500 * time.Millisecond // and for the chain, which takes longer to write
 	lingerLimit   = time.Second            // from the last line to the reset
 	stopLimit     = 2 * time.Second        // from the stop to the reset of connections that are still being written to
 )
@@ -50,15 +50,16 @@ const (
 var (
 	errInterrupted = errors.New("it was interrupted by telnet's Ctrl-C")
 	errClosing     = errors.New("the server has closed it")
-	errStalled     = fmt.Errorf("it took nothing for %v", stallChecks*stallCheck)
+	errStalled     = fmt.Errorf("it took nothing for %v", stallChecks*stallInterval)
 	errQueueFull   = fmt.Errorf("it is %d messages behind", maxQueue)
 )
 
-// isSlowClient reports whether a connection was reset because of err, since its client
-// was too slow.
+// isSlowClient reports whether err says that a client was too slow and was reset.
 func isSlowClient(err error) bool { return err == errStalled || err == errQueueFull }
 
-// A server accepts the validators of one lottery and tells them its results.
+// A server accepts the validators of one lottery and sends them its results.
+//
+// Lock order: the server's mutex, then a socket's, then the lottery's.
 type server struct {
 	lottery       *lottery
 	maxValidators int
@@ -66,7 +67,7 @@ type server struct {
 
 	mu       sync.Mutex // guards the following
 	clients  []*client  // connected, or disconnected with a stake in the round
-	refusals int        // clients that are being told that the server is full
+	refusals int        // clients that are being refused since the server is full
 
 	open sync.WaitGroup // counts connections
 }
@@ -167,8 +168,8 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	var bad badLine
 	switch {
 	case err == nil:
-		// This goroutine's stack has grown by now and never shrinks below 4 kB; that of
-		// a new one starts with 2 kB, which is enough for BPMs.
+		// This goroutine's stack has grown to 4 kB by now, and the runtime would not shrink
+		// it during a Read. A new one starts with 2 kB, which is enough for BPMs.
 		go s.handleBPMs(ctx, c)
 	case errors.As(err, &bad):
 		s.close(ctx, c, fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, bad))
@@ -179,7 +180,7 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	}
 }
 
-// stake makes the client a validator, which hears of every draw from now on. A line
+// stake makes the client a validator, to which all results are sent from now on. A line
 // that is no token balance is an error, a badLine.
 func (s *server) stake(c *client, line []byte) error {
 	if len(line) == 0 {
@@ -212,9 +213,9 @@ func (s *server) handleBPMs(ctx context.Context, c *client) {
 	s.leave(ctx, c, err)
 }
 
-// propose proposes a block with the BPM in the line. The reply says which BPM stands,
-// since what was half typed when a message came is still in the line that the terminal
-// sends. A line that is no BPM is an error, a badLine.
+// propose proposes a block with the BPM in the line. The reply repeats the BPM: if a
+// message arrives while the user is typing, the terminal still sends what was typed
+// before it. A line that is no BPM is an error, a badLine.
 func (s *server) propose(c *client, line []byte) error {
 	if len(line) == 0 {
 		c.reply(bpmPrompt)
@@ -258,9 +259,9 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 	s.close(ctx, c, lastLine)
 }
 
-// disconnect waits for the draw that the validator's stake and block stay in. If the
-// client has only closed its sending half, it hears of that draw. err is why
-// there are no more BPMs.
+// disconnect waits for the draw that the validator's stake and block stay in. That draw
+// is still announced to a client that has only closed its sending half. err is why there
+// are no more BPMs.
 func (s *server) disconnect(ctx context.Context, c *client, err error) {
 	how := "disconnects"
 	if isSlowClient(err) {
@@ -297,7 +298,7 @@ func (s *server) close(ctx context.Context, c *client, lastLine string) {
 	s.clients = slices.Delete(s.clients, last, last+1)
 }
 
-// announce tells all validators who has won. tokens are all that were in the draw.
+// announce sends all validators who has won. tokens are all that were in the draw.
 func (s *server) announce(winner *validator, tokens int64) {
 	text := func(you string) *message {
 		return &message{pieces: [][]byte{fmt.Appendf(nil, "\nwinning validator: %s%s with %d of %d tokens\n%s",
@@ -340,9 +341,9 @@ func (s *server) enqueueAll(messageFor func(c *client) *message) (validators []*
 // written to or is being written to, so that draws do not get ahead of their announcements.
 //
 // A few workers write, since the stacks of ten thousand goroutines would stay with
-// the process. A client that takes nothing blocks its worker, so after every step
-// more are started, each time twice as many: a dozen steps are enough if 10,000 clients
-// block. A worker ends when there is no client left for it.
+// the process. A client that takes nothing blocks its worker, so after each step
+// flushAll starts more of them, twice as many as the last time: a dozen steps are enough
+// if 10,000 clients block. A worker ends when there is no client left for it.
 func (s *server) flushAll(step time.Duration, clients []*client) {
 	if len(clients) == 0 {
 		return
@@ -386,10 +387,10 @@ type tcpConn interface {
 // A socket reads a client's lines and writes replies and messages to it, in the
 // way of ergo's irc/socket.go:
 //
-//  1. One goroutine at a time is the writer. At first it is the reader, which becomes
-//     the writer again before it handles a line and flushes its replies before it waits
-//     for the next one. So when the client is slow to read replies, the server stops
-//     reading from it.
+//  1. One goroutine at a time is the writer. At first it is the reader. Before the reader
+//     waits for input, it flushes its replies and gives up being the writer; before it
+//     handles the input, it becomes the writer again. So the server stops reading from
+//     a client that does not read its replies.
 //  2. enqueue never waits. The writer writes what is queued, in that order, after
 //     its replies.
 //  3. At most maxQueue messages are queued, and of the chain's broadcasts one.
@@ -403,7 +404,7 @@ type socket struct {
 	err         error           // why nothing can be enqueued any more
 	idle        chan struct{}   // made by acquire while it waits; closed when there is no writer
 	removed     <-chan struct{} // set when the client sends no more; once it is closed, nothing is enqueued
-	released    bool            // there is no writer
+	released    bool            // there is no writer; false at first, since the reader is
 	chainQueued bool            // a broadcast of the chain is queued or being written
 
 	// The following belong to the reader.
@@ -450,8 +451,8 @@ func (s *socket) readLine() ([]byte, error) {
 		s.flush()
 		n, err := s.conn.Read(s.input[s.received:])
 		s.received += uint8(s.telnet.strip(s.input[s.received:][:n]))
-		if closed := s.acquire(); closed != nil {
-			return nil, closed
+		if lost := s.acquire(); lost != nil {
+			return nil, lost
 		}
 		if err == io.EOF && len(bytes.TrimSuffix(s.input[:s.received], []byte("\r"))) > 0 {
 			s.handled = s.received
@@ -557,7 +558,7 @@ func (s *socket) enqueue(m *message) {
 	case full:
 		s.failLocked(errQueueFull)
 		return
-	case s.removed != nil && !m.isChain:
+	case s.removed != nil && !m.isChain: // a client that sends no more needs no prompt
 		m = &message{pieces: [][]byte{bytes.TrimSuffix(m.pieces[0], []byte(bpmPrompt))}}
 	}
 	s.queue = append(s.queue, m)
@@ -617,7 +618,7 @@ func (s *socket) flushQueueLocked(err error) {
 		for i := 0; i < len(m.pieces) && err == nil; i++ {
 			err = s.write(m.pieces[i])
 		}
-		s.conn.SetWriteDeadline(time.Time{}) // else its timer would stay for a second, with thousands of others
+		s.conn.SetWriteDeadline(time.Time{}) // else a broadcast would leave the timers of all clients
 		s.mu.Lock()
 		if m.isChain {
 			s.chainQueued = false
@@ -633,13 +634,13 @@ func (s *socket) flushQueueLocked(err error) {
 	}
 }
 
-// write writes the data. The caller must be the writer. The client may take the data as
-// slowly as it likes, but in each stallChecks in a row it has to take some of it. Checks
-// are counted, rather than time, so that a pause of the whole process costs no client
-// its connection.
+// write writes the data and leaves a deadline set, which the next write moves. The caller
+// must be the writer. The client may take the data as slowly as it likes, but if it takes
+// nothing in stallChecks checks in a row, write fails with errStalled. Checks are counted,
+// rather than time, so that a pause of the whole process costs no client its connection.
 func (s *socket) write(data []byte) error {
 	for stalled := 0; len(data) > 0; {
-		s.conn.SetWriteDeadline(time.Now().Add(stallCheck))
+		s.conn.SetWriteDeadline(time.Now().Add(stallInterval))
 		n, err := s.conn.Write(data)
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
@@ -686,14 +687,14 @@ func (s *socket) finish(lastLine string, closed func()) {
 	s.mu.Unlock()
 	s.flush()
 	s.conn.CloseWrite()
-	end := time.Now().Add(lingerLimit)
-	s.conn.SetReadDeadline(end)
+	deadline := time.Now().Add(lingerLimit)
+	s.conn.SetReadDeadline(deadline)
 	discarded := make([]byte, 512)
 	for err := error(nil); err == nil; {
 		_, err = s.conn.Read(discarded)
 	}
-	go func() {
-		time.Sleep(time.Until(end))
+	go func() { // not time.AfterFunc, which in tests with synctest crashed the race detector
+		time.Sleep(time.Until(deadline))
 		s.reset()
 		closed()
 	}()

@@ -150,22 +150,22 @@ func (ts *testServer) advance(d time.Duration) {
 	synctest.Wait()
 }
 
-// A client is the other end of a session. It reads all that it is told, unless
+// A testClient is the other end of a connection. It reads all that is sent to it, unless
 // it is stalled.
 type testClient struct {
 	*testServer
 	net.Conn
-	heard   buffer
-	closed  chan struct{} // closed when the server has closed the connection
-	address string        // once it has joined, like the next
-	stake   int
+	received buffer
+	closed   chan struct{} // closed when the server has closed the connection
+	address  string        // once it has joined, like the next
+	stake    int
 }
 
-// connect returns a client that has heard nothing yet.
+// connect returns a client that has received nothing yet.
 func (ts *testServer) connect() *testClient {
 	c := ts.connectStalled()
 	go func() {
-		io.Copy(&c.heard, c.Conn)
+		io.Copy(&c.received, c.Conn)
 		close(c.closed)
 	}()
 	return c
@@ -208,15 +208,15 @@ func (ts *testServer) joinLate(late *atomic.Int64) {
 
 var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
 
-// join returns a client that stakes so many tokens and has heard that it does.
+// join returns a client that stakes so many tokens and has received the reply.
 func (ts *testServer) join(stake int) *testClient {
 	ts.Helper()
 	c := ts.connect()
 	c.send(fmt.Sprintf("%d\n", stake))
-	heard := c.heard.take()
-	match := welcome.FindStringSubmatch(heard)
-	if match == nil || match[0] != heard || match[2] != fmt.Sprint(stake) {
-		ts.Fatalf("heard %q after staking %d", heard, stake)
+	received := c.received.take()
+	match := welcome.FindStringSubmatch(received)
+	if match == nil || match[0] != received || match[2] != fmt.Sprint(stake) {
+		ts.Fatalf("received %q after staking %d", received, stake)
 	}
 	c.address, c.stake = match[1], stake
 	return c
@@ -242,12 +242,12 @@ func (c *testClient) flood(line string) {
 	}
 }
 
-// want is all that the client has heard since the last want.
+// want is all that the client has received since the last want.
 func (c *testClient) want(text string) {
 	c.Helper()
 	synctest.Wait()
-	if heard := c.heard.take(); heard != text {
-		c.Fatalf("heard %q\nwant  %q", heard, text)
+	if received := c.received.take(); received != text {
+		c.Fatalf("received %q\nwant  %q", received, text)
 	}
 }
 
@@ -268,12 +268,12 @@ func (c *testClient) halfClose() {
 	synctest.Wait()
 }
 
-// wins is what all others hear if the client wins a draw of so many tokens.
+// wins is what all others receive if the client wins a draw of so many tokens.
 func (c *testClient) wins(tokens int) string {
 	return fmt.Sprintf("\nwinning validator: %s with %d of %d tokens\n\nEnter a new BPM:", c.address, c.stake, tokens)
 }
 
-// won is what the client itself hears then.
+// won is what the client itself receives then.
 func (c *testClient) won(tokens int) string {
 	return fmt.Sprintf("\nwinning validator: %s (you) with %d of %d tokens\n\nEnter a new BPM:", c.address, c.stake, tokens)
 }
@@ -305,11 +305,11 @@ func TestSession(t *testing.T) {
 		c.send(" \t\r\n")
 		c.want("Enter token balance:")
 		c.send("100\n")
-		heard := c.heard.take()
-		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n\nEnter a new BPM:$`).MatchString(heard) {
-			t.Fatalf("heard %q", heard)
+		received := c.received.take()
+		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n\nEnter a new BPM:$`).MatchString(received) {
+			t.Fatalf("received %q", received)
 		}
-		c.address, c.stake = strings.Fields(heard)[1], 100
+		c.address, c.stake = strings.Fields(received)[1], 100
 		ts.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
 		c.send("\r\n")
 		c.want("\nEnter a new BPM:")
@@ -332,13 +332,14 @@ func TestSession(t *testing.T) {
 	})
 }
 
-// One who proposes nothing hears the winner and the chain too; a unstaked hears neither.
+// A validator that proposes nothing receives the winner and the chain too; a client that
+// has not staked receives neither.
 func TestEverybodyHears(t *testing.T) {
 	runServer(t, func(ts *testServer) {
 		proposer, listener, unstaked := ts.join(5), ts.join(7), ts.connect()
 		unstaked.want("Enter token balance:")
 		proposer.send("72\n")
-		proposer.heard.take()
+		proposer.received.take()
 		ts.advance(30 * time.Second)
 		proposer.want(proposer.won(5))
 		listener.want(proposer.wins(5))
@@ -375,8 +376,8 @@ func TestDrawComesFirst(t *testing.T) {
 			file.sync = func() error { return nil }
 			c.send("73\n")
 			ts.advance(36 * time.Second)
-			if heard := c.heard.take(); strings.Count(heard, "winning") != 2 || !strings.Contains(heard, `"Index":2,`) {
-				t.Errorf("heard %q", heard)
+			if received := c.received.take(); strings.Count(received, "winning") != 2 || !strings.Contains(received, `"Index":2,`) {
+				t.Errorf("received %q", received)
 			}
 		})
 	}
@@ -394,11 +395,11 @@ func TestBroadcastBlocks(t *testing.T) {
 			c.send("72\n")
 			ts.advance(time.Second)
 		}
-		c.heard.take()
+		c.received.take()
 		ts.advance(7 * time.Second)
-		heard := c.heard.take()
-		if n := strings.Count(heard, `"Index"`); n != 2 || !strings.HasPrefix(heard, "\n[{\"Index\":2,") {
-			t.Errorf("heard %q", heard)
+		received := c.received.take()
+		if n := strings.Count(received, `"Index"`); n != 2 || !strings.HasPrefix(received, "\n[{\"Index\":2,") {
+			t.Errorf("received %q", received)
 		}
 	})
 }
@@ -413,12 +414,12 @@ func TestCutAnywhere(t *testing.T) {
 				c.send(part)
 			}
 			c.halfClose() // the last line counts without its end
-			heard := c.heard.take()
-			address := regexp.MustCompile("[0-9a-f]{64}").FindString(heard)
+			received := c.received.take()
+			address := regexp.MustCompile("[0-9a-f]{64}").FindString(received)
 			want := "Enter token balance:Enter token balance:validator " + address + " stakes 100 tokens\n\nEnter a new BPM:" +
 				"\nEnter a new BPM:block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:"
-			if heard != want {
-				t.Errorf("cut at %d: heard %q\nwant %q", cut, heard, want)
+			if received != want {
+				t.Errorf("cut at %d: received %q\nwant %q", cut, received, want)
 			}
 		})
 	}
@@ -472,10 +473,10 @@ func TestNumbers(t *testing.T) {
 				c.want("Enter token balance:")
 				io.WriteString(c, test.line+"\n")
 				if test.balance != "" {
-					heard := c.heard.take()
+					received := c.received.take()
 					synctest.Wait()
-					if heard += c.heard.take(); !strings.Contains(heard, " stakes "+test.balance+" tokens\n") {
-						t.Errorf("heard %q", heard)
+					if received += c.received.take(); !strings.Contains(received, " stakes "+test.balance+" tokens\n") {
+						t.Errorf("received %q", received)
 					}
 				} else {
 					c.wantClosed(fmt.Sprintf(badBalance, test.quote))
@@ -514,7 +515,7 @@ func TestForfeit(t *testing.T) {
 }
 
 // What the client sends after a bad line is thrown away, for a moment, so that
-// it hears why; then the connection is closed whatever it does.
+// it receives the reason; then the connection is closed whatever it does.
 func TestLastLineIsHeard(t *testing.T) {
 	runServer(t, func(ts *testServer) {
 		c := ts.join(100)
@@ -544,20 +545,20 @@ func TestNoBalance(t *testing.T) {
 
 		staked := ts.join(100) // from then on there is no limit
 		ts.advance(24 * time.Hour)
-		staked.heard.take()
+		staked.received.take()
 		staked.send("72\n")
 		staked.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
 	})
 }
 
-// Who hangs up before staking never was there.
+// A client that hangs up before it has staked leaves no validator.
 func TestHangUpBeforeBalance(t *testing.T) {
 	runServer(t, func(ts *testServer) {
 		for _, sent := range []string{"", "\n", " "} {
 			c := ts.connect()
 			c.send(sent)
 			c.halfClose()
-			c.heard.take()
+			c.received.take()
 			c.wantClosed("")
 		}
 		ts.wantValidators(0, 0)
@@ -579,7 +580,7 @@ func TestHalfClose(t *testing.T) {
 		c.halfClose()
 		c.want("block 1 proposed with BPM 7: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:")
 		ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
-		ts.advance(30 * time.Second) // a draw, and then a broadcast, which it does not hear
+		ts.advance(30 * time.Second) // a draw, and then a broadcast, which it does not receive
 		c.wantClosed("\nwinning validator: " + c.address + " (you) with 100 of 100 tokens\n")
 		ts.wantValidators(0, 0)
 	})
@@ -609,7 +610,7 @@ func TestDisconnectIsOneStep(t *testing.T) {
 	<-done
 }
 
-// A broadcast before the draw is heard with the prompt, as by everybody.
+// A broadcast before the draw ends with the prompt, as for all others.
 func TestHalfCloseBroadcast(t *testing.T) {
 	set := func(s *server) { s.lottery.broadcastInterval = 20 * time.Second }
 	runServerWith(t, set, func(ts *testServer) {
@@ -622,7 +623,7 @@ func TestHalfCloseBroadcast(t *testing.T) {
 	})
 }
 
-// The block of one who hangs up can still win.
+// The block of a validator that hangs up can still win.
 func TestHangUp(t *testing.T) {
 	runServer(t, func(ts *testServer) {
 		gone, stays := ts.join(100), ts.join(1)
@@ -640,7 +641,7 @@ func TestHangUp(t *testing.T) {
 	})
 }
 
-// refused returns how many clients are being told that the server is full.
+// refused returns how many clients are being refused since the server is full.
 func (ts *testServer) refused() int {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -668,7 +669,7 @@ func TestFull(t *testing.T) {
 		ts.advance(lingerLimit)
 		ts.join(400)
 
-		// A hundred at a time are told so, each until its connection is closed; others are
+		// A hundred at a time are told why, each until its connection is closed; others are
 		// disconnected without a word.
 		for range 50 {
 			refused := ts.connect()
@@ -688,12 +689,12 @@ func TestFull(t *testing.T) {
 		staked.want("\nEnter a new BPM:")
 		ts.advance(lingerLimit)
 		if n := ts.refused(); n != 50 {
-			t.Errorf("%d refusals when those who read them are gone, want 50", n)
+			t.Errorf("%d refusals when those that read them are gone, want 50", n)
 		}
 	})
 }
 
-// One who takes nothing is dropped, while its block stays in; one who takes a
+// A client that takes nothing is dropped, while its block stays in; one that takes a
 // byte now and then is not.
 func TestStall(t *testing.T) {
 	for pause, dropped := range map[time.Duration]bool{9900 * time.Millisecond: false, 12 * time.Second: true} {
@@ -753,13 +754,13 @@ func TestSlowReader(t *testing.T) {
 		winner := strings.Repeat("a", 64)
 		ts.announce(&validator{address: winner, stake: 5}, 7)
 		want := "\nwinning validator: " + winner + " with 5 of 7 tokens\n\nEnter a new BPM:"
-		heard := make([]byte, len(want))
-		for i := range heard {
+		received := make([]byte, len(want))
+		for i := range received {
 			ts.advance(1500 * time.Millisecond)
-			io.ReadFull(c, heard[i:i+1])
+			io.ReadFull(c, received[i:i+1])
 		}
-		if string(heard) != want {
-			t.Errorf("heard %q, want %q", heard, want)
+		if string(received) != want {
+			t.Errorf("received %q, want %q", received, want)
 		}
 	})
 }
@@ -845,7 +846,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 	})
 }
 
-// Each winner of a thousand rounds is heard exactly once by each validator,
+// Each winner of a thousand rounds is received exactly once by each validator,
 // while they all propose as fast as they can.
 func TestEachWinnerIsHeardOnce(t *testing.T) {
 	const rounds, clients = 1000, 20
@@ -873,13 +874,13 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 		chain := blocks(t, ts.lottery.chain)
 		won := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 		for i, c := range all {
-			heard := won.FindAllStringSubmatch(c.heard.take(), -1)
-			if len(heard) != len(chain)-1 {
-				t.Fatalf("client %d heard of %d winners, want %d", i, len(heard), len(chain)-1)
+			received := won.FindAllStringSubmatch(c.received.take(), -1)
+			if len(received) != len(chain)-1 {
+				t.Fatalf("client %d received %d winners, want %d", i, len(received), len(chain)-1)
 			}
-			for n, match := range heard {
+			for n, match := range received {
 				if match[1] != chain[n+1].Validator {
-					t.Fatalf("client %d heard of %s, want %s", i, match[1], chain[n+1].Validator)
+					t.Fatalf("client %d received winner %s, want %s", i, match[1], chain[n+1].Validator)
 				}
 			}
 		}
@@ -904,12 +905,12 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 			late.Store(int64(d))
 			for range 2 {
 				last.send("72\n")
-				last.heard.take()
+				last.received.take()
 				ts.advance(29400 * time.Millisecond)
 				last.want("")
 				ts.advance(600 * time.Millisecond) // half a second after the tick
-				if heard := last.heard.take(); !strings.HasPrefix(heard, last.won(1)) {
-					t.Errorf("clients that are %v late: heard %q, want %q", d, heard, last.won(1))
+				if received := last.received.take(); !strings.HasPrefix(received, last.won(1)) {
+					t.Errorf("clients that are %v late: received %q, want %q", d, received, last.won(1))
 				}
 			}
 			ts.wantValidators(clients+1, int64(clients)+1)
@@ -975,7 +976,7 @@ func TestAcceptFails(t *testing.T) {
 			ts.listener.accepts <- errors.New("too many open files")
 			synctest.Wait()
 			ts.wantLog("cannot accept a connection, trying again in " + delay + ": too many open files\n")
-			staked.send("\n") // who is connected notices nothing
+			staked.send("\n") // those that are connected notice nothing
 			staked.want("\nEnter a new BPM:")
 		}
 		waited := time.Duration(0)
@@ -1018,9 +1019,9 @@ func TestLastLineIsTheLast(t *testing.T) {
 		c := ts.joinStalled()
 		c.send("x\n")
 		ts.announce(new(validator), 0)
-		heard, err := io.ReadAll(c)
-		if want := "BPM must be a whole number of at most 15 digits, got \"x\": 1 staked tokens forfeited\n"; string(heard) != want || err != nil {
-			t.Errorf("heard %q, %v, want %q", heard, err, want)
+		received, err := io.ReadAll(c)
+		if want := "BPM must be a whole number of at most 15 digits, got \"x\": 1 staked tokens forfeited\n"; string(received) != want || err != nil {
+			t.Errorf("received %q, %v, want %q", received, err, want)
 		}
 	})
 }
@@ -1035,10 +1036,10 @@ func TestStopWhileWriting(t *testing.T) {
 		synctest.Wait()
 		go ts.stop()
 		synctest.Wait()
-		heard, err := io.ReadAll(c)
+		received, err := io.ReadAll(c)
 		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(0), nil), bpmPrompt)
-		if string(heard) != want || err != nil {
-			t.Errorf("heard %q, %v, want %q", heard, err, want)
+		if string(received) != want || err != nil {
+			t.Errorf("received %q, %v, want %q", received, err, want)
 		}
 	})
 }
@@ -1116,8 +1117,8 @@ func TestHostileClients(t *testing.T) {
 				for _, c := range []*testClient{ts.connect(), ts.join(1)} {
 					c.Write([]byte{byte(b), '\n'})
 					synctest.Wait()
-					if heard := c.heard.take(); !terminalSafe(heard) {
-						ts.Errorf("after byte %#x: heard %q", b, heard)
+					if received := c.received.take(); !terminalSafe(received) {
+						ts.Errorf("after byte %#x: received %q", b, received)
 					}
 					c.Close()
 				}
@@ -1179,15 +1180,15 @@ func TestHostileClients(t *testing.T) {
 				for round := range rounds {
 					bystander.send("72\n")
 					want := fmt.Sprintf("block %d proposed with BPM 72: 1000 of ", ts.lottery.round.index)
-					if heard := bystander.heard.take(); !strings.Contains(heard, want) {
-						t.Fatalf("round %d: the bystander heard %.1000q, want %q", round, heard, want)
+					if received := bystander.received.take(); !strings.Contains(received, want) {
+						t.Fatalf("round %d: the bystander received %.1000q, want %q", round, received, want)
 					}
 					for range 30 {
 						ts.advance(time.Second)
 						ts.wantBounded()
 					}
-					if heard := bystander.heard.take(); strings.Count(heard, "winning validator: ") != 1 || strings.Count(heard, "\n[{") < 4 {
-						t.Fatalf("round %d: the bystander heard %.200q", round, heard)
+					if received := bystander.received.take(); strings.Count(received, "winning validator: ") != 1 || strings.Count(received, "\n[{") < 4 {
+						t.Fatalf("round %d: the bystander received %.200q", round, received)
 					}
 				}
 				left := 1
@@ -1230,8 +1231,8 @@ func TestStopWithThousands(t *testing.T) {
 		}
 		for _, c := range all {
 			synctest.Wait()
-			if heard := c.heard.take(); !strings.HasSuffix(heard, "\nserver shutting down\n") {
-				t.Fatalf("heard %q", heard)
+			if received := c.received.take(); !strings.HasSuffix(received, "\nserver shutting down\n") {
+				t.Fatalf("received %q", received)
 			}
 		}
 	})
@@ -1292,18 +1293,18 @@ func TestTelnet(t *testing.T) {
 	}
 }
 
-// wantSameWithoutTelnet checks that a client hears, and has logged, the same whether or
+// wantSameWithoutTelnet checks that a client receives, and the server logs, the same whether or
 // not there are telnet's commands in what it sends, cut into two parts.
 func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
 	t.Helper()
 	left, interrupted := withoutTelnet(sent)
-	heard, logged := transcript(t, sent[:cut], sent[cut:])
+	received, logged := transcript(t, sent[:cut], sent[cut:])
 	want, wantLogged := transcript(t, bytes.ReplaceAll(left, []byte("\xff"), []byte("\xff\xff")))
-	if interrupted { // hears less
-		want = want[:min(len(want), len(heard))]
+	if interrupted { // it receives less
+		want = want[:min(len(want), len(received))]
 	}
-	if heard != want || logged != wantLogged {
-		t.Errorf("%q cut at %d: heard %q\nlogged %q\nwithout commands, %q: heard %q\nlogged %q", sent, cut, heard, logged, left, want, wantLogged)
+	if received != want || logged != wantLogged {
+		t.Errorf("%q cut at %d: received %q\nlogged %q\nwithout commands, %q: received %q\nlogged %q", sent, cut, received, logged, left, want, wantLogged)
 	}
 }
 
@@ -1313,7 +1314,7 @@ func TestInterrupt(t *testing.T) {
 		runServer(t, func(ts *testServer) {
 			c, other := ts.join(100), ts.join(1)
 			c.send("72\n")
-			c.heard.take()
+			c.received.take()
 			c.send(sent)
 			c.wantClosed("")
 			ts.wantValidators(2, 101)
@@ -1325,7 +1326,7 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
-// FuzzSession says that whatever a client sends, it hears the same however that is
+// FuzzSession says that whatever a client sends, it receives the same however that is
 // cut, and without telnet's commands, and nothing that controls a terminal.
 func FuzzSession(f *testing.F) {
 	f.Add([]byte("100\n72\n\n73\r\noops\n72\n"), uint16(5))
@@ -1336,15 +1337,15 @@ func FuzzSession(f *testing.F) {
 	f.Fuzz(func(t *testing.T, sent []byte, cut uint16) {
 		at := min(int(cut), len(sent))
 		wantSameWithoutTelnet(t, sent, at)
-		if heard, logged := transcript(t, sent); !terminalSafe(heard) || !terminalSafe(logged) {
-			t.Errorf("heard %q\nlogged %q", heard, logged)
+		if received, logged := transcript(t, sent); !terminalSafe(received) || !terminalSafe(logged) {
+			t.Errorf("received %q\nlogged %q", received, logged)
 		}
 	})
 }
 
-// transcript is what a client hears, and what is logged, from its connecting to
+// transcript is what a client receives, and what is logged, from its connecting to
 // the draw after it has sent the parts and closed its sending half.
-func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
+func transcript(t *testing.T, parts ...[]byte) (received, logged string) {
 	runServer(t, func(ts *testServer) {
 		c := ts.connect()
 		for _, part := range parts {
@@ -1353,9 +1354,9 @@ func transcript(t *testing.T, parts ...[]byte) (heard, logged string) {
 		}
 		c.halfClose()
 		ts.advance(30 * time.Second)
-		heard, logged = c.heard.peek(), ts.log.take()
-		c.wantClosed(heard)
+		received, logged = c.received.peek(), ts.log.take()
+		c.wantClosed(received)
 	})
 	address := regexp.MustCompile("[0-9a-f]{64}")
-	return address.ReplaceAllString(heard, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")
+	return address.ReplaceAllString(received, "ADDRESS"), address.ReplaceAllString(logged, "ADDRESS")
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -25,7 +24,7 @@ const maxStake = 1_000_000_000_000
 type validator struct {
 	address string        // 64 hexadecimal digits
 	stake   int64         // tokens, 1 to maxStake
-	index   int           // of its candidate in the round's tempBlocks, if there is one
+	index   int           // of its candidate in tempBlocks; may be of an earlier round, see round.has
 	removed chan struct{} // made by disconnect; closed when the validator is removed
 }
 
@@ -125,13 +124,12 @@ func newLottery(chain *Blockchain, stdout io.Writer, logger *log.Logger) *lotter
 	}
 }
 
-// newAddress returns an address for a validator. One from the clock, as in the
+// newAddress returns a random address for a validator. One from the clock, as in the
 // tutorial, could come twice and be guessed.
 func newAddress() string {
 	random := make([]byte, 32)
 	rand.Read(random) // never fails
-	sum := sha256.Sum256(random)
-	return hex.EncodeToString(sum[:])
+	return hex.EncodeToString(random)
 }
 
 // join returns a new validator, with the number of validators and of their tokens.
@@ -144,7 +142,8 @@ func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64)
 	return v, len(l.validators), l.tokens
 }
 
-// A proposal is a validator's candidate in the open round.
+// A proposal is what propose returns: the validator's candidate and how the open round
+// stands.
 type proposal struct {
 	index  int // that its block would get
 	bpm    int
@@ -196,7 +195,7 @@ func (l *lottery) disconnect(v *validator) <-chan struct{} {
 
 // run draws a winner at every tick and broadcasts the chain at every tick of
 // another ticker, until ctx is done or the chain is lost. Where both tick at once
-// the draw comes first. A draw that takes longer than a round skips ticks.
+// the draw comes first. If a draw takes longer than a round, ticks are skipped.
 func (l *lottery) run(ctx context.Context, to announcer) error {
 	draws := time.NewTicker(l.roundInterval)
 	defer draws.Stop()
@@ -230,7 +229,7 @@ func (l *lottery) run(ctx context.Context, to announcer) error {
 // the block is written the next round is open already, since that may take long
 // and nobody should wait for it. If writing it fails, both rounds become one, and the
 // disconnected validators that have a candidate in it stay for its draw. The error
-// is errChainLost, after which no draw can succeed.
+// wraps errChainLost, after which no draw can succeed.
 func (l *lottery) pickWinner(tick time.Time, to announcer) error {
 	l.mu.Lock()
 	drawn := l.round

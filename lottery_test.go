@@ -137,15 +137,15 @@ func joinMany(l *lottery, stakes ...int64) (vs []*validator) {
 }
 
 func TestRounds(t *testing.T) {
-	l, heard := testLottery(t), new(recorder)
-	l.stdout = heard
-	draw := func() { l.pickWinner(time.Now(), heard) }
+	l, results := testLottery(t), new(recorder)
+	l.stdout = results
+	draw := func() { l.pickWinner(time.Now(), results) }
 	want := func(winners ...string) {
 		t.Helper()
-		if fmt.Sprint(heard.winners) != fmt.Sprint(winners) || heard.printed != len(winners) {
-			t.Fatalf("winners %v, %d before their blocks were printed; want %v", heard.winners, heard.printed, winners)
+		if fmt.Sprint(results.winners) != fmt.Sprint(winners) || results.printed != len(winners) {
+			t.Fatalf("winners %v, %d before their blocks were printed; want %v", results.winners, results.printed, winners)
 		}
-		heard.winners, heard.printed = nil, 0
+		results.winners, results.printed = nil, 0
 	}
 
 	draw() // nobody there
@@ -250,12 +250,12 @@ func TestDisqualifyKeepsPool(t *testing.T) {
 func TestClockIsSet(t *testing.T) {
 	for _, by := range []time.Duration{-time.Hour, time.Hour} {
 		name, _ := newChainFile(t, 1)
-		l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
+		l, results := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
 		l.roundInterval = 30 * time.Second
 		v := joinMany(l, 1)[0]
 
 		tick := time.Now()
-		if err := l.pickWinner(setClock(tick, by), heard); err != nil {
+		if err := l.pickWinner(setClock(tick, by), results); err != nil {
 			t.Fatal(err)
 		}
 		drawIn := l.propose(v, 72).drawIn
@@ -263,16 +263,16 @@ func TestClockIsSet(t *testing.T) {
 			t.Errorf("with the clock set by %v: draw in %v, want from %v to %v", by, drawIn, want, l.roundInterval)
 		}
 		l.round.tempBlocks[0].proposed = setClock(time.Now(), by)
-		l.pickWinner(time.Now(), heard)
+		l.pickWinner(time.Now(), results)
 		l.propose(v, 73)
-		l.pickWinner(time.Now(), heard)
-		if again := blocks(t, openCopy(t, name)); len(again) != 3 || len(heard.winners) != 2 {
+		l.pickWinner(time.Now(), results)
+		if again := blocks(t, openCopy(t, name)); len(again) != 3 || len(results.winners) != 2 {
 			t.Errorf("with the clock set by %v: %d blocks, want 3", by, len(again))
 		}
 	}
 }
 
-// setClock returns t as a clock set by d would have told it: another time of day,
+// setClock returns t as a clock set by d would show it: another time of day,
 // the same reading of the monotonic clock.
 func setClock(t time.Time, d time.Duration) time.Time {
 	wall := (*uint64)(unsafe.Pointer(&t)) // time.Time begins with 1 bit, 33 bits of seconds and 30 of nanoseconds
@@ -281,11 +281,11 @@ func setClock(t time.Time, d time.Duration) time.Time {
 }
 
 // While a block is written the next round is open. If that fails nothing is
-// announced, both rounds are one, and who has a candidate in it is not let go.
+// announced, both rounds are one, and a validator that has a candidate in it is not removed.
 func TestDrawFails(t *testing.T) {
 	name, _ := newChainFile(t, 1)
 	var logged bytes.Buffer
-	l, heard := newLottery(open(t, name), io.Discard, log.New(&logged, "", 0)), new(recorder)
+	l, results := newLottery(open(t, name), io.Discard, log.New(&logged, "", 0)), new(recorder)
 	l.roundInterval = time.Hour
 	file := &hookedFile{chainFile: l.chain.file}
 	l.chain.file = file
@@ -306,11 +306,11 @@ func TestDrawFails(t *testing.T) {
 		l.disqualify(cheat)
 		return errors.New("input/output error")
 	}
-	if err := l.pickWinner(time.Now(), heard); err != nil {
+	if err := l.pickWinner(time.Now(), results); err != nil {
 		t.Fatal(err)
 	}
-	if len(heard.winners) != 0 || logged.String() != "no winner: block 1 cannot be written; its 3 candidates go into the next draw: input/output error\n" {
-		t.Errorf("winners %v, logged %q", heard.winners, &logged)
+	if len(results.winners) != 0 || logged.String() != "no winner: block 1 cannot be written; its 3 candidates go into the next draw: input/output error\n" {
+		t.Errorf("winners %v, logged %q", results.winners, &logged)
 	}
 	select {
 	case <-gone:
@@ -336,14 +336,14 @@ func TestDrawFails(t *testing.T) {
 		return nil
 	}
 	for range 2 {
-		if err := l.pickWinner(time.Now(), heard); err != nil {
+		if err := l.pickWinner(time.Now(), results); err != nil {
 			t.Fatal(err)
 		}
 		file.sync = func() error { return nil }
 	}
 	<-gone
-	if len(heard.winners) != 2 || heard.winners[1] != late.address || l.chain.head.BPM != 75 {
-		t.Errorf("winners %v, the last with %d", heard.winners, l.chain.head.BPM)
+	if len(results.winners) != 2 || results.winners[1] != late.address || l.chain.head.BPM != 75 {
+		t.Errorf("winners %v, the last with %d", results.winners, l.chain.head.BPM)
 	}
 	if len(l.validators) != 2 || l.tokens != 301 {
 		t.Errorf("%d validators with %d tokens, want 2 with 301", len(l.validators), l.tokens)
@@ -354,25 +354,25 @@ func TestDrawFails(t *testing.T) {
 // A chain that is lost ends the run, without a word to the validators.
 func TestChainIsLost(t *testing.T) {
 	name, _ := newChainFile(t, 1)
-	l, heard := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
+	l, results := newLottery(open(t, name), io.Discard, log.New(io.Discard, "", 0)), new(recorder)
 	l.roundInterval, l.broadcastInterval = time.Millisecond, time.Hour
 	l.propose(joinMany(l, 1)[0], 72)
 	if err := os.Remove(name); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.run(t.Context(), heard); !errors.Is(err, errChainLost) || !strings.Contains(err.Error(), name) {
+	if err := l.run(t.Context(), results); !errors.Is(err, errChainLost) || !strings.Contains(err.Error(), name) {
 		t.Errorf("run: %v, want %v with the name of the file", err, errChainLost)
 	}
-	if len(heard.winners) != 0 {
-		t.Errorf("winners %v", heard.winners)
+	if len(results.winners) != 0 {
+		t.Errorf("winners %v", results.winners)
 	}
 }
 
-// Validators come, propose and go while winners are drawn: no block is stale,
-// and who was told of a block of its own has been in that draw.
+// Validators join, propose and leave while winners are drawn: no block is stale, and
+// propose adds one candidate a validator to each round.
 func TestProposeWhileDrawing(t *testing.T) {
 	const rounds, proposers = 5000, 8
-	l, heard := testLottery(t), new(recorder)
+	l, results := testLottery(t), new(recorder)
 	ctx, stop := context.WithCancel(t.Context())
 	var proposing sync.WaitGroup
 	for i := range proposers {
@@ -397,20 +397,20 @@ func TestProposeWhileDrawing(t *testing.T) {
 			}
 		})
 	}
-	for len(heard.winners) < rounds {
-		l.pickWinner(time.Now(), heard)
+	for len(results.winners) < rounds {
+		l.pickWinner(time.Now(), results)
 		runtime.Gosched()
 	}
 	stop()
 	proposing.Wait()
 	chain := blocks(t, l.chain)
-	for i, winner := range heard.winners {
+	for i, winner := range results.winners {
 		if chain[i+1].Validator != winner {
 			t.Fatalf("%s was announced for block %d, which is of %s", winner, i+1, chain[i+1].Validator)
 		}
 	}
-	if len(chain) != 1+len(heard.winners) {
-		t.Errorf("%d blocks for %d winners", len(chain), len(heard.winners))
+	if len(chain) != 1+len(results.winners) {
+		t.Errorf("%d blocks for %d winners", len(chain), len(results.winners))
 	}
 	if len(l.validators) > proposers+len(l.round.disconnected) {
 		t.Errorf("%d validators are left", len(l.validators))

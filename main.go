@@ -5,7 +5,7 @@
 // blocks is drawn, with a chance in proportion to its validator's stake, joins
 // the chain, and all validators hear whose it was.
 //
-// It takes no arguments. Its settings come from the environment, then from the
+// It takes no arguments but -h. Its settings come from the environment, then from the
 // file .env in the working directory, then from .env.example, which is compiled
 // in. The blocks of the chain go to standard output as they join it, the log to
 // standard error. It stops on SIGINT and SIGTERM with exit status 0, and with 1
@@ -85,16 +85,15 @@ func main() {
 	if err != nil {
 		logger.Print(err)
 	}
-	end := time.Now().Add(flushLimit)
-	stdout.flush(end)
-	stderr.flush(end.Add(flushLimit / 10)) // for what standard output left out
+	deadline := time.Now().Add(flushLimit)
+	stdout.flush(deadline)
+	stderr.flush(deadline.Add(flushLimit / 10)) // later, since stdout.flush may have logged
 	if err != nil {
 		os.Exit(1)
 	}
 }
 
-// run is the server from its settings to its stop, which is when ctx is done or
-// when the chain's file is lost.
+// run reads the settings and runs the server until ctx is done or the chain is lost.
 func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	set, unknown, err := readSettings()
 	if err != nil {
@@ -171,10 +170,10 @@ const (
 
 var errNotRead = errors.New("it was not read")
 
-// An output is standard output or standard error. Whoever reads it may stop reading,
-// as a terminal does after Ctrl-S; so Write only queues, and a goroutine writes that
-// ends when the queue is empty. When more than maxOutput bytes would be queued, writes are
-// left out until the queue has been written. Then the log says how many they were.
+// An output is standard output or standard error. Its reader may pause, as a terminal
+// does after Ctrl-S, so Write only enqueues. A goroutine writes the queue and ends when
+// it is empty. A write that would take the queue beyond maxOutput bytes is left out, and
+// so are all after it until the queue is empty. Then the log says how many they were.
 type output struct {
 	file    io.Writer
 	name    string
@@ -184,10 +183,9 @@ type output struct {
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
-	busy    bool          // writeQueue runs
+	written chan struct{} // closed when writeQueue ends; nil if it does not run
 	omitted int           // writes left out since the last notice
 	err     error         // of the last write that failed since then
-	idle    chan struct{} // made by flush while it waits; closed when busy becomes false
 }
 
 // Write never waits and never fails.
@@ -218,8 +216,8 @@ func (w noticeWriter) Write(p []byte) (int, error) {
 func (o *output) enqueueLocked(p []byte) {
 	o.queue = append(o.queue, bytes.Clone(p))
 	o.size += len(p)
-	if !o.busy {
-		o.busy = true
+	if o.written == nil {
+		o.written = make(chan struct{})
 		go o.writeQueue()
 	}
 }
@@ -244,11 +242,8 @@ func (o *output) writeQueue() {
 			o.mu.Lock()
 		}
 	}
-	o.busy = false
-	if o.idle != nil {
-		close(o.idle)
-		o.idle = nil
-	}
+	close(o.written)
+	o.written = nil
 }
 
 // logOmitted has the log say how many writes have been left out since the last time,
@@ -263,20 +258,17 @@ func (o *output) logOmitted() {
 	}
 }
 
-// flush waits until everything is written, until end at most, and has the log say
-// what is left out for good.
-func (o *output) flush(end time.Time) {
-	idle := make(chan struct{})
+// flush waits until everything is written, but not after the deadline, and has the log
+// say what is left out for good.
+func (o *output) flush(deadline time.Time) {
 	o.mu.Lock()
-	if o.busy {
-		o.idle = idle
-	} else {
-		close(idle)
-	}
+	written := o.written
 	o.mu.Unlock()
-	select {
-	case <-idle:
-	case <-time.After(time.Until(end)):
+	if written != nil {
+		select {
+		case <-written:
+		case <-time.After(time.Until(deadline)):
+		}
 	}
 	o.mu.Lock()
 	o.omitted += len(o.queue)

@@ -133,15 +133,15 @@ func (c tcpClient) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 // readUntil reads up to and including text.
 func readUntil(t testing.TB, r io.ByteReader, text string) string {
 	t.Helper()
-	var heard []byte
-	for !bytes.HasSuffix(heard, []byte(text)) {
+	var received []byte
+	for !bytes.HasSuffix(received, []byte(text)) {
 		b, err := r.ReadByte()
 		if err != nil {
-			t.Fatalf("heard %q and then %v, want %q", heard, err, text)
+			t.Fatalf("received %q and then %v, want %q", received, err, text)
 		}
-		heard = append(heard, b)
+		received = append(received, b)
 	}
-	return string(heard)
+	return string(received)
 }
 
 // sendLine sends a line.
@@ -158,8 +158,8 @@ func TestProgram(t *testing.T) {
 	one, two := p.dial(t), p.dial(t)
 	readUntil(t, one, "Enter token balance:")
 	sendLine(t, one, "100")
-	heard := readUntil(t, one, "\n\nEnter a new BPM:")
-	address := strings.Fields(heard)[1]
+	received := readUntil(t, one, "\n\nEnter a new BPM:")
+	address := strings.Fields(received)[1]
 	sendLine(t, two, "300")
 	readUntil(t, two, " stakes 300 tokens\n\nEnter a new BPM:")
 	sendLine(t, one, "72")
@@ -191,24 +191,24 @@ func TestProgram(t *testing.T) {
 }
 
 // Killed at any moment, dozens of times, the program never loses a winner that
-// anybody has heard of.
+// it has announced.
 func TestKill(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
-	known, heardOf := 0, 0 // blocks before, winners in all
+	known, announced := 0, 0 // blocks before, winners in all
 	for kills := range 24 {
 		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
-		heard := make([]buffer, 3)
+		received := make([]buffer, 3)
 		var playing sync.WaitGroup
-		for i := range heard {
+		for i := range received {
 			conn, err := net.Dial("tcp", p.address)
 			if err != nil {
 				t.Fatal(err)
 			}
 			playing.Go(func() {
 				defer conn.Close()
-				r := bufio.NewReader(io.TeeReader(conn, &heard[i]))
+				r := bufio.NewReader(io.TeeReader(conn, &received[i]))
 				for line := "100\n"; ; line = "72\n" {
 					if _, err := r.ReadString(':'); err != nil {
 						return
@@ -222,24 +222,24 @@ func TestKill(t *testing.T) {
 		playing.Wait()
 
 		all := blocks(t, openCopy(t, file))
-		for i := range heard {
+		for i := range received {
 			next := known
-			for _, match := range winner.FindAllStringSubmatch(heard[i].take(), -1) {
+			for _, match := range winner.FindAllStringSubmatch(received[i].take(), -1) {
 				for next < len(all) && all[next].Validator != match[1] {
 					next++
 				}
 				if next++; next > len(all) {
-					t.Fatalf("kill %d: client %d has heard of %s, which is not in the file at its place", kills, i, match[1])
+					t.Fatalf("kill %d: client %d received winner %s, which is not in the file at its place", kills, i, match[1])
 				}
-				heardOf++
+				announced++
 			}
 		}
 		known = len(all)
 	}
-	if heardOf == 0 {
-		t.Error("no winner was heard of")
+	if announced == 0 {
+		t.Error("no winner was announced")
 	}
-	t.Logf("%d blocks, %d announcements", known, heardOf)
+	t.Logf("%d blocks, %d announcements", known, announced)
 }
 
 // The chain goes on where it stopped; a file that is damaged stops the start.
@@ -280,9 +280,9 @@ func TestFileTakenAway(t *testing.T) {
 	}
 	c := p.dial(t)
 	sendLine(t, c, "100\n72")
-	heard := readUntil(t, c, "\nserver shutting down\n")
-	if strings.Contains(heard, "winning") {
-		t.Errorf("heard %q", heard)
+	received := readUntil(t, c, "\nserver shutting down\n")
+	if strings.Contains(received, "winning") {
+		t.Errorf("received %q", received)
 	}
 	<-p.logged
 	p.Wait()
@@ -720,7 +720,7 @@ func TestSoak(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	p := start(t, "CHAIN_FILE="+file, "ROUND_INTERVAL=500ms", "BROADCAST_INTERVAL=2s", "BROADCAST_BLOCKS=100")
 
-	// The observer hears every winner but takes no part; the others hear some.
+	// The observer receives every winner but takes no part; the others receive some.
 	conn, err := net.Dial("tcp", p.address)
 	if err != nil {
 		t.Fatal(err)
@@ -731,9 +731,9 @@ func TestSoak(t *testing.T) {
 	readUntil(t, observer, " stakes 1 tokens\n")
 	var observed []string
 	var observing sync.WaitGroup
-	observing.Go(func() { observed = hearWinners(observer) })
+	observing.Go(func() { observed = readWinners(observer) })
 	var mu sync.Mutex
-	var heard [][]string // what each session of a bot has heard
+	var received [][]string // what each session of a bot has received
 	files := p.files()
 	run := func(d time.Duration) {
 		ctx, stop := context.WithTimeout(t.Context(), d)
@@ -744,7 +744,7 @@ func TestSoak(t *testing.T) {
 				for ctx.Err() == nil {
 					if winners := bot(ctx, p.address); len(winners) > 0 {
 						mu.Lock()
-						heard = append(heard, winners)
+						received = append(received, winners)
 						mu.Unlock()
 					}
 				}
@@ -758,9 +758,9 @@ func TestSoak(t *testing.T) {
 
 	run(duration / 4)
 	memory := p.memory("VmRSS")
-	t.Logf("after a quarter: %d MB, %d files, %d sessions heard of a winner", memory>>20, p.files(), len(heard))
+	t.Logf("after a quarter: %d MB, %d files, %d sessions received a winner", memory>>20, p.files(), len(received))
 	run(duration * 3 / 4)
-	t.Logf("at the end: %d MB, %d files, %d sessions heard of a winner", p.memory("VmRSS")>>20, p.files(), len(heard))
+	t.Logf("at the end: %d MB, %d files, %d sessions received a winner", p.memory("VmRSS")>>20, p.files(), len(received))
 	if p.files() != files {
 		t.Errorf("%d files are open, want %d as before", p.files(), files)
 	}
@@ -784,9 +784,9 @@ func TestSoak(t *testing.T) {
 		}
 		text += block.Validator + " "
 	}
-	for _, winners := range heard {
+	for _, winners := range received {
 		if !strings.Contains(text, strings.Join(winners, " ")) {
-			t.Fatalf("these winners in a row were heard of: %v", winners)
+			t.Fatalf("these winners were announced in a row: %v", winners)
 		}
 	}
 	t.Logf("%d blocks", len(all))
@@ -798,7 +798,7 @@ func raceEnabled() bool {
 	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// bot is one random session. It returns the winners that it has heard of.
+// bot is one random session. It returns the winners that were announced to it.
 func bot(ctx context.Context, address string) []string {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
@@ -843,13 +843,13 @@ func bot(ctx context.Context, address string) []string {
 			}
 		}
 	}()
-	return hearWinners(bufio.NewReader(conn))
+	return readWinners(bufio.NewReader(conn))
 }
 
 var winnerLine = regexp.MustCompile("^winning validator: ([0-9a-f]{64}) .*tokens\n$")
 
-// hearWinners reads to the end and returns the winners that are heard of.
-func hearWinners(r *bufio.Reader) (winners []string) {
+// readWinners reads to the end and returns the winners that were announced.
+func readWinners(r *bufio.Reader) (winners []string) {
 	for {
 		line, err := r.ReadString('\n')
 		if err != nil {
@@ -1015,13 +1015,13 @@ func bareServer() {
 	address := strings.Repeat("a", 64)
 	welcome := []byte("validator " + address + " stakes 100 tokens\n" + bpmPrompt)
 	reply := []byte("block 1 already proposed with BPM 72: 100 of 6400 tokens so far, draw in 1h0m0s\n" + bpmPrompt)
-	news := []byte("\nwinning validator: " + address + " with 100 of 100 tokens\n" + bpmPrompt)
+	announcement := []byte("\nwinning validator: " + address + " with 100 of 100 tokens\n" + bpmPrompt)
 	size, _ := strconv.Atoi(os.Getenv("BARE_CHAIN"))
 	chain := bytes.Repeat([]byte("x"), size)
 
 	var mu sync.Mutex
 	var conns []net.Conn
-	tell := func(text []byte) {
+	writeAll := func(text []byte) {
 		mu.Lock()
 		all := slices.Clone(conns)
 		mu.Unlock()
@@ -1046,9 +1046,9 @@ func bareServer() {
 			for _, b := range buf[:n] {
 				switch {
 				case b == 'D':
-					tell(news)
+					writeAll(announcement)
 				case b == 'C':
-					tell(chain)
+					writeAll(chain)
 				case b == '\n' && joined:
 					conn.Write(reply)
 				case b == '\n':
@@ -1156,9 +1156,9 @@ func propose(b *testing.B, conn net.Conn) {
 // drawLine has either server draw: at once, or at the next tick.
 var drawLine = map[string]string{"bare": "D", "the program": "72\n"}
 
-// A draw is announced to as many validators as there may be descriptors for, up
-// to 10,000: what a validator takes of memory, a draw of time from its first hearer
-// to its last, hearing it of processor time, and joining of time.
+// BenchmarkDraw announces draws to as many validators as there may be descriptors for,
+// up to 10,000. It measures the memory a validator, the time from the first that receives
+// the winner to the last, the processor time of one announcement, and the time to join.
 func BenchmarkDraw(b *testing.B) {
 	limit, err := exec.Command("sh", "-c", "ulimit -Hn").Output()
 	if err != nil {
@@ -1180,7 +1180,7 @@ func BenchmarkDraw(b *testing.B) {
 		drawn := bufio.NewReader(drawer)
 		first, last := time.Now().Add(time.Hour), time.Time{}
 		var mu sync.Mutex
-		hear := func(conn net.Conn) {
+		receive := func(conn net.Conn) {
 			readBytes(b, conn, newsSize)
 			now := time.Now()
 			mu.Lock()
@@ -1199,14 +1199,14 @@ func BenchmarkDraw(b *testing.B) {
 				before = p.cpu()
 			}
 			first, last = time.Now().Add(time.Hour), time.Time{}
-			var hearing sync.WaitGroup
+			var receiving sync.WaitGroup
 			for _, conn := range conns {
-				hearing.Go(func() { hear(conn) })
+				receiving.Go(func() { receive(conn) })
 			}
 			io.WriteString(drawer, drawLine[server])
 			readUntil(b, drawn, "winning validator: ")
 			readUntil(b, drawn, bpmPrompt)
-			hearing.Wait()
+			receiving.Wait()
 			spreads = append(spreads, last.Sub(first))
 		}
 		cpu := p.cpu() - before
@@ -1302,7 +1302,7 @@ func BenchmarkWorstReply(b *testing.B) {
 				defer close(over)
 				readUntil(b, drawn, "winning validator: ")
 				readUntil(b, drawn, bpmPrompt)
-				time.Sleep(50 * time.Millisecond) // the others hear it too
+				time.Sleep(50 * time.Millisecond) // it is announced to the others meanwhile
 			}()
 			longest := time.Duration(0)
 			for waiting := true; waiting; {
@@ -1341,15 +1341,15 @@ func BenchmarkBroadcast(b *testing.B) {
 			}
 			var start time.Time
 			var once sync.Once
-			var hearing sync.WaitGroup
+			var receiving sync.WaitGroup
 			for _, conn := range conns {
-				hearing.Go(func() {
+				receiving.Go(func() {
 					readBytes(b, conn, 1)
 					once.Do(func() { start = time.Now() })
 					readBytes(b, conn, message-1)
 				})
 			}
-			hearing.Wait()
+			receiving.Wait()
 			took += time.Since(start)
 		}
 		cpu := p.cpu() - before
@@ -1367,11 +1367,11 @@ func BenchmarkMemory(b *testing.B) {
 		p := startServer(b, "the program", "CHAIN_FILE="+file, "BROADCAST_INTERVAL=2s")
 		b.ReportMetric(float64(p.memory("VmHWM"))/float64(size), "B/B-read")
 		conns := joinAll(b, p, 4)
-		var hearing sync.WaitGroup
+		var receiving sync.WaitGroup
 		for _, conn := range conns {
-			hearing.Go(func() { readBytes(b, conn, size) })
+			receiving.Go(func() { readBytes(b, conn, size) })
 		}
-		hearing.Wait()
+		receiving.Wait()
 		b.ReportMetric(float64(p.memory("VmHWM"))/float64(size), "B/B-broadcast")
 		p.kill(conns)
 	}
