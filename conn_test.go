@@ -943,21 +943,16 @@ func TestAnnounceWorkers(t *testing.T) {
 			for range test.clients {
 				ts.joinLate(&late)
 			}
-			before := runtime.NumGoroutine()
 			done := make(chan struct{})
 			go func() {
 				ts.server.announce(new(validator), 0)
 				close(done)
 			}()
 			ts.advance(test.after)
-			workers := runtime.NumGoroutine() - before
-			select {
-			case <-done:
-			default:
-				workers-- // which is the goroutine above
-			}
-			if workers > test.want { // fewer where goroutines of other tests end meanwhile
-				t.Errorf("%d clients that are %v late: %d workers after %v, want at most %d", test.clients, test.late, workers, test.after, test.want)
+			stacks := make([]byte, 8<<20)
+			stacks = stacks[:runtime.Stack(stacks, true)]
+			if workers := bytes.Count(stacks, []byte("(*server).flushAll in goroutine")); workers != test.want {
+				t.Errorf("%d clients that are %v late: %d workers after %v, want %d", test.clients, test.late, workers, test.after, test.want)
 			}
 			<-done
 			ts.stop()

@@ -34,14 +34,15 @@ import (
 // The test binary can be the program, so that it is tested as users meet it, and
 // the bare server that it is measured against.
 func TestMain(m *testing.M) {
-	switch os.Getenv("TEST_BINARY_IS") {
-	case "the program":
-		main()
-	case "bare":
-		bareServer()
-	default:
+	run := map[string]func(){"the program": main, "bare": bareServer}[os.Getenv("TEST_BINARY_IS")]
+	if run == nil {
 		os.Exit(m.Run())
 	}
+	go func() { // standard input ends with the process of the tests, even if it is killed
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(1)
+	}()
+	run()
 }
 
 // program returns the program as a command in an empty directory, with no
@@ -55,6 +56,9 @@ func program(t testing.TB, env ...string) *exec.Cmd {
 		"GORACE=atexit_sleep_ms=0", // not a second for each
 		"GOCOVERDIR=" + cmp.Or(flag.Lookup("test.gocoverdir").Value.String(), os.TempDir()),
 	}, env...)
+	if _, err := cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
 	return cmd
 }
 
