@@ -920,10 +920,11 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 	})
 }
 
+var processors = runtime.GOMAXPROCS(0) // before any test
+
 // An announcement has as many workers as there are processors, after announceStep twice as
 // many more and so on, but never more than clients, since each can block one.
 func TestAnnounceWorkers(t *testing.T) {
-	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
