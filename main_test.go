@@ -489,6 +489,20 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	}
 }
 
+// An output queues maxOutput bytes and leaves out what comes beyond them.
+func TestOutputBound(t *testing.T) {
+	unread, file := io.Pipe()
+	defer unread.Close()
+	o := &output{file: file, notices: log.New(io.Discard, "", 0)}
+	o.Write(make([]byte, maxOutput))
+	o.Write([]byte("x"))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.size != maxOutput || o.omitted != 1 {
+		t.Errorf("%d bytes are queued, %d writes left out; want %d, 1", o.size, o.omitted, maxOutput)
+	}
+}
+
 // startUnread starts the program, with rounds of 1 ms, and reads no more of its outputs
 // than that it has started.
 func startUnread(t *testing.T) (p *process, stdout, log *bufio.Reader) {
