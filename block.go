@@ -333,7 +333,7 @@ func (c *Blockchain) append(block Block) error {
 	return nil
 }
 
-// write appends a line to the file and syncs it. Its error is as append documents.
+// write appends a line to the file and syncs it. Its error means what that of append means.
 func (c *Blockchain) write(line []byte) error {
 	if err := c.checkFile(); err != nil {
 		return fmt.Errorf("%w: %w", errChainLost, err)

@@ -298,7 +298,7 @@ func (s *server) close(ctx context.Context, c *client, lastLine string) {
 	s.clients = slices.Delete(s.clients, last, last+1)
 }
 
-// announce sends all validators who has won. tokens are all that were in the draw.
+// announce sends the winner of a draw to all validators. tokens are all that were in it.
 func (s *server) announce(winner *validator, tokens int64) {
 	text := func(you string) *message {
 		return &message{pieces: [][]byte{fmt.Appendf(nil, "\nwinning validator: %s%s with %d of %d tokens\n%s",
@@ -525,7 +525,7 @@ func (t *telnetState) strip(p []byte) (n int) {
 	return n
 }
 
-// replyBuffers are shared by all sockets: most validators have no reply to write at a time.
+// replyBuffers are shared by all sockets, since few have replies to write at the same time.
 var replyBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // replyBuffer returns the buffer of the replies. The caller is the writer.
