@@ -12,7 +12,6 @@ import (
 	"os"
 	"regexp"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +21,9 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"proof-of-stake/internal/lineconn"
+	"proof-of-stake/internal/tcptest"
 )
 
 // A buffer is a bytes.Buffer that may be written to and read from at once.
@@ -51,60 +53,15 @@ func (b *buffer) peek() string {
 	return b.b.String()
 }
 
-// A duplex is a connection of two pipes, one each way, so that either half can
-// be closed. Like a pipe it has no buffer.
-type duplex struct {
-	net.Conn          // to read from
-	out      net.Conn // to write to
-}
-
-func newDuplex() (client, server duplex) {
-	a, b := net.Pipe()
-	c, d := net.Pipe()
-	return duplex{a, d}, duplex{c, b}
-}
-
-func (d duplex) Write(p []byte) (int, error)        { return d.out.Write(p) }
-func (d duplex) SetWriteDeadline(t time.Time) error { return d.out.SetWriteDeadline(t) }
-func (d duplex) CloseWrite() error                  { return d.out.Close() }
-func (d duplex) SetLinger(sec int) error            { return nil }
-func (d duplex) SetWriteBuffer(bytes int) error     { return nil }
-func (d duplex) Close() error                       { return errors.Join(d.Conn.Close(), d.out.Close()) }
-
-// A listener accepts what is sent to it: connections, or errors.
-type listener struct {
-	accepts chan any
-	closed  chan struct{}
-	close   sync.Once
-}
-
-func (l *listener) Accept() (net.Conn, error) {
-	select {
-	case <-l.closed:
-		return nil, net.ErrClosed
-	case a := <-l.accepts:
-		if err, ok := a.(error); ok {
-			return nil, err
-		}
-		return a.(net.Conn), nil
-	}
-}
-
-func (l *listener) Close() error {
-	l.close.Do(func() { close(l.closed) })
-	return nil
-}
-
-func (l *listener) Addr() net.Addr { return &net.TCPAddr{} }
-
 // A testServer is a server whose clients are in the same process, all in one bubble
 // of virtual time.
 type testServer struct {
 	*testing.T
 	*server
-	listener    *listener
+	listener    *tcptest.Listener
 	stdout, log buffer
-	stop        func()
+	stop        func() // returns when serve has
+	err         error  // what it has returned
 }
 
 // runServer runs f beside a server with 30 second rounds. f starts halfway between
@@ -118,7 +75,7 @@ func runServer(t *testing.T, f func(ts *testServer)) {
 func runServerWith(t *testing.T, set func(*server), f func(ts *testServer)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		ts := &testServer{T: t, listener: &listener{accepts: make(chan any), closed: make(chan struct{})}}
+		ts := &testServer{T: t, listener: tcptest.NewListener()}
 		logger := log.New(&ts.log, "", 0)
 		l := newLottery(newBlockchain(t), &ts.stdout, logger)
 		l.roundInterval = 30 * time.Second
@@ -127,15 +84,11 @@ func runServerWith(t *testing.T, set func(*server), f func(ts *testServer)) {
 		set(ts.server)
 
 		ctx, stop := context.WithCancel(t.Context())
-		running, stopRunning := context.WithCancel(t.Context())
-		var ran, served sync.WaitGroup
-		ran.Go(func() { l.run(running, ts.server) })
-		served.Go(func() { ts.serve(ctx, ts.listener) })
+		var serving sync.WaitGroup
+		serving.Go(func() { ts.err = serve(ctx, l, ts.server, ts.listener) })
 		ts.stop = func() {
-			stopRunning()
-			ran.Wait()
 			stop()
-			served.Wait()
+			serving.Wait()
 		}
 		time.Sleep(500 * time.Millisecond)
 		synctest.Wait()
@@ -172,10 +125,10 @@ func (ts *testServer) connect() *testClient {
 }
 
 func (ts *testServer) connectStalled() *testClient {
-	mine, its := newDuplex()
+	mine, its := tcptest.Pipe()
 	c := &testClient{testServer: ts, Conn: mine, closed: make(chan struct{})}
 	ts.Cleanup(func() { mine.Close() })
-	ts.listener.accepts <- net.Conn(its)
+	ts.listener.Accepts <- net.Conn(its)
 	return c
 }
 
@@ -185,14 +138,14 @@ func (ts *testServer) joinStalled() *testClient {
 	c := ts.connectStalled()
 	io.ReadFull(c, make([]byte, len("Enter token balance:")))
 	c.send("1\n")
-	io.ReadFull(c, make([]byte, len("validator ")+64+len(" stakes 1 tokens\n\nEnter a new BPM:")))
+	io.ReadFull(c, make([]byte, len("validator ")+64+len(" stakes 1 tokens\n"+rule+"\n\nEnter a new BPM:")))
 	synctest.Wait()
 	return c
 }
 
 // joinLate returns a client with one token that takes the first byte of each message and
-// then, so many nanoseconds later, the rest.
-func (ts *testServer) joinLate(late *atomic.Int64) {
+// then, so many nanoseconds later, the rest. taken counts the first bytes.
+func (ts *testServer) joinLate(late, taken *atomic.Int64) {
 	ts.Helper()
 	c := ts.joinStalled()
 	go func() {
@@ -200,13 +153,16 @@ func (ts *testServer) joinLate(late *atomic.Int64) {
 			if _, err := c.Read(message[:1]); err != nil {
 				return
 			}
+			taken.Add(1)
 			time.Sleep(time.Duration(late.Load()))
 			c.Read(message)
 		}
 	}()
 }
 
-var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n\nEnter a new BPM:`)
+const rule = "Each round, enter a whole number to propose a block; anything else forfeits the tokens."
+
+var welcome = regexp.MustCompile(`^Enter token balance:validator ([0-9a-f]{64}) stakes ([0-9]+) tokens\n` + rule + `\n\nEnter a new BPM:`)
 
 // join returns a client that stakes so many tokens and has received the reply.
 func (ts *testServer) join(stake int) *testClient {
@@ -232,12 +188,13 @@ func (c *testClient) send(text string) {
 }
 
 // flood sends the line 100,000 times, or as often as is read while the client
-// takes no reply, which must be little.
+// takes no reply, which must be little: one batch whose replies are being written, 64
+// lines, and what is read at once.
 func (c *testClient) flood(line string) {
 	c.Helper()
 	c.SetWriteDeadline(time.Now().Add(time.Second))
 	n, err := io.WriteString(c.Conn, strings.Repeat(line, 100_000))
-	if !errors.Is(err, os.ErrDeadlineExceeded) || n > 2*(maxLine+2) {
+	if !errors.Is(err, os.ErrDeadlineExceeded) || n > 5*(lineconn.MaxLine+2) {
 		c.Errorf("%d bytes were taken before a reply was, %v", n, err)
 	}
 }
@@ -264,7 +221,7 @@ func (c *testClient) wantClosed(text string) {
 
 // halfClose closes the client's sending half.
 func (c *testClient) halfClose() {
-	c.Conn.(duplex).CloseWrite()
+	c.Conn.(*tcptest.Conn).CloseWrite()
 	synctest.Wait()
 }
 
@@ -302,23 +259,23 @@ func TestSession(t *testing.T) {
 		c.want("Enter token balance:")
 		c.send("\n")
 		c.want("Enter token balance:")
-		c.send(" \t\r\n")
+		c.send(" \t\n")
 		c.want("Enter token balance:")
 		c.send("100\n")
 		received := c.received.take()
-		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n\nEnter a new BPM:$`).MatchString(received) {
+		if !regexp.MustCompile(`^validator [0-9a-f]{64} stakes 100 tokens\n` + rule + `\n\nEnter a new BPM:$`).MatchString(received) {
 			t.Fatalf("received %q", received)
 		}
 		c.address, c.stake = strings.Fields(received)[1], 100
 		ts.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
-		c.send("\r\n")
+		c.send("\n")
 		c.want("\nEnter a new BPM:")
 
 		ts.advance(12100 * time.Millisecond) // 12.6 s of the round have passed
 		c.send("72\n")
 		c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 17s\n\nEnter a new BPM:")
 		ts.advance(5 * time.Second)
-		c.send("73\r\n")
+		c.send("73\n")
 		c.want("block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 12s\n\nEnter a new BPM:")
 		ts.advance(12 * time.Second)
 		c.want("")
@@ -416,9 +373,9 @@ func TestCutAnywhere(t *testing.T) {
 			c.halfClose() // the last line counts without its end
 			received := c.received.take()
 			address := regexp.MustCompile("[0-9a-f]{64}").FindString(received)
-			want := "Enter token balance:Enter token balance:validator " + address + " stakes 100 tokens\n\nEnter a new BPM:" +
+			want := "Enter token balance:Enter token balance:validator " + address + " stakes 100 tokens\n" + rule + "\n\nEnter a new BPM:" +
 				"\nEnter a new BPM:block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:block 1 already proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\n\nEnter a new BPM:"
-			if received != want {
+			if want = strings.ReplaceAll(want, "\n", "\r\n"); received != want {
 				t.Errorf("cut at %d: received %q\nwant %q", cut, received, want)
 			}
 		})
@@ -437,10 +394,10 @@ func TestNumbers(t *testing.T) {
 		{line: "1", balance: "1", bpm: true},
 		{line: "+5", balance: "5", bpm: true},
 		{line: "007", balance: "7", bpm: true},
-		{line: " \t 42 \r", balance: "42", bpm: true},
+		{line: " \t 42 ", balance: "42", bpm: true},
 		{line: "1000000000000", balance: "1000000000000", bpm: true},
 		{line: strings.Repeat(" ", 62) + "42", balance: "42", bpm: true}, // 64 bytes
-		{line: strings.Repeat("0", 62) + "42\r", balance: "42", bpm: true},
+		{line: strings.Repeat("0", 62) + "42", balance: "42", bpm: true},
 		{line: "0", quote: `"0"`, bpm: true},
 		{line: "-1", quote: `"-1"`, bpm: true},
 		{line: "1000000000001", quote: `"1000000000001"`, bpm: true},
@@ -457,10 +414,8 @@ func TestNumbers(t *testing.T) {
 		{line: "1 2", quote: `"1 2"`},
 		{line: "٣", quote: `"٣"`},
 		{line: ` "quoted" `, quote: `"\"quoted\""`},
-		{line: "\x1b[2J\x07\x00\xff\xff", quote: `"\x1b[2J\a\x00\xff"`},
-		{line: "72\r73", quote: `"72\r73"`},
+		{line: "\x1b[2J\x07\x00\xff\xff\t\v\x1b", quote: `"\a\xff"`},
 		{line: long, quote: `"` + long + `"`},
-		{line: long + "\r", quote: `"` + long + `"`},
 		{line: long + "y", quote: `"` + long + `"`},
 		{line: long + "yyy", quote: `"` + long + `"`},
 		{line: strings.Repeat("0", 63) + "42", quote: `"` + strings.Repeat("0", 63) + `4"`}, // 65 bytes
@@ -524,7 +479,7 @@ func TestLastLineIsHeard(t *testing.T) {
 			c.send(strings.Repeat("72\n", 30))
 		}
 		c.wantClosed("BPM must be a whole number of at most 15 digits, got \"oops\": 100 staked tokens forfeited\n")
-		ts.advance(lingerLimit)
+		ts.advance(4 * time.Second)
 		if _, err := io.WriteString(c, "72\n"); err == nil {
 			t.Error("the connection still takes lines")
 		}
@@ -586,23 +541,23 @@ func TestHalfClose(t *testing.T) {
 	})
 }
 
-// The lottery learns of a disconnect, and the socket that it has to leave the prompt out,
-// with no message between the two.
+// The lottery and the server learn of a disconnect at once, with no announcement between
+// the two: it would have a prompt, or be missed.
 func TestDisconnectIsOneStep(t *testing.T) {
-	peer, conn := newDuplex()
+	peer, conn := tcptest.Pipe()
 	defer peer.Close()
 	s := newServer(newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0)), 1, log.New(io.Discard, "", 0))
-	c := &client{socket: socket{conn: conn}}
+	c := &client{Conn: lineconn.New(conn)}
 	c.validator, _, _ = s.lottery.join(1)
 	ctx, stop := context.WithCancel(t.Context())
 	s.lottery.mu.Lock() // and so the disconnect waits in the middle
 	done := make(chan struct{})
 	go func() {
-		s.disconnect(ctx, c, io.EOF)
+		s.leave(ctx, c, lineconn.ErrInterrupted)
 		close(done)
 	}()
-	for c.mu.TryLock() {
-		c.mu.Unlock()
+	for s.mu.TryLock() {
+		s.mu.Unlock()
 		runtime.Gosched()
 	}
 	s.lottery.mu.Unlock()
@@ -649,101 +604,110 @@ func (ts *testServer) refused() int {
 }
 
 func TestFull(t *testing.T) {
+	const full = "server full, try again later\n"
 	set := func(s *server) { s.maxValidators = 2 }
 	runServerWith(t, set, func(ts *testServer) {
 		staked, unstaked := ts.join(100), ts.connect()
 		unstaked.want("Enter token balance:")
-		ts.connect().wantClosed("server full, try again later\n")
+		ts.connect().wantClosed(full)
 		unstaked.Close()
 		synctest.Wait()
 		second := ts.join(200)
-		ts.connect().wantClosed("server full, try again later\n")
+		ts.connect().wantClosed(full)
 
-		// A stake that waits for the draw takes a place, a forfeited one does not.
+		// A stake that waits for the draw takes a place.
 		second.Close()
 		synctest.Wait()
-		ts.connect().wantClosed("server full, try again later\n")
+		ts.connect().wantClosed(full)
 		ts.advance(30 * time.Second)
+
+		// A forfeited one does not, but its connection does until it is closed.
 		third := ts.join(300)
 		third.send("oops\n")
-		ts.advance(lingerLimit)
-		ts.join(400)
+		ts.advance(time.Second - 1)
+		ts.connect().wantClosed(full)
+		ts.advance(1)
+		fourth := ts.join(400)
+		fourth.send("oops\n")
+		fourth.Close()
+		synctest.Wait()
+		ts.join(500)
 
 		// A hundred at a time are told why, each until its connection is closed; others are
 		// disconnected without a word.
-		for range 50 {
-			refused := ts.connect()
-			refused.halfClose()
-			refused.wantClosed("server full, try again later\n")
-			ts.connectStalled()
+		ts.advance(time.Second)
+		for range maxRefusals {
+			closes := ts.connect()
+			closes.halfClose()
+			closes.wantClosed(full)
+			ts.connect().wantClosed(full)
 		}
-		beyond := ts.connectStalled()
-		synctest.Wait()
 		if n := ts.refused(); n != 100 {
 			t.Errorf("%d refusals, want 100", n)
 		}
-		if _, err := beyond.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("reading: %v, want EOF", err)
-		}
+		ts.connect().wantClosed("")
 		staked.send("\n")
 		staked.want("\nEnter a new BPM:")
-		ts.advance(lingerLimit)
-		if n := ts.refused(); n != 50 {
-			t.Errorf("%d refusals when those that read them are gone, want 50", n)
+		ts.advance(time.Second)
+		if n := ts.refused(); n != 0 {
+			t.Errorf("%d refusals when their connections are closed, want 0", n)
 		}
 	})
 }
 
-// A client that takes nothing is dropped, while its block stays in; one that takes a
-// byte now and then is not.
-func TestStall(t *testing.T) {
-	for pause, dropped := range map[time.Duration]bool{9900 * time.Millisecond: false, 12 * time.Second: true} {
-		runServer(t, func(ts *testServer) {
-			c := ts.joinStalled()
-			c.send("72\n")
-			ts.log.take()
-			for range 3 {
-				ts.advance(pause)
-				c.Read(make([]byte, 1))
+// However often clients come and go, no more are connected than MAX_VALIDATORS, and who
+// has closed already is gone at once.
+func TestComeAndGo(t *testing.T) {
+	set := func(s *server) { s.maxValidators = 1 }
+	runServerWith(t, set, func(ts *testServer) {
+		start := time.Now()
+		for _, sent := range []string{"", "\n", "abc\n", "\x03"} {
+			for range 100 {
+				c := ts.connect()
+				c.send(sent)
+				c.Close()
+				synctest.Wait()
+				if len(ts.clients) != 0 {
+					t.Fatalf("after %q and a close %d are connected", sent, len(ts.clients))
+				}
 			}
-			if stalled := strings.Contains(ts.log.take(), " dropped: it took nothing for 10s; its stake counts until the next draw\n"); stalled != dropped {
-				t.Errorf("a byte every %v: dropped: %v, want %v", pause, stalled, dropped)
-			}
-		})
-	}
-	runServer(t, func(ts *testServer) {
+		}
+		if d := time.Since(start); d != 0 {
+			t.Errorf("it took %v", d)
+		}
+	})
+}
+
+// A client that the system gives up is dropped, while its block stays in.
+func TestGivenUp(t *testing.T) {
+	const why = " dropped: it has stopped reading or is no longer there"
+	runServer(t, func(ts *testServer) { // by then it has read something now and then
 		c := ts.joinStalled()
 		c.send("72\n")
-		ts.advance(11 * time.Second)
+		ts.log.take()
+		for range 3 {
+			ts.advance(tcptest.UserTimeout - time.Second)
+			c.Read(make([]byte, 1))
+		}
 		ts.wantValidators(1, 1)
 		ts.log.take()
-		ts.advance(20 * time.Second)
-		ts.wantLog(" wins with 1 tokens; candidates: 1, tokens: 1\n")
-		ts.wantValidators(0, 0)
-	})
-	runServer(t, func(ts *testServer) { // also one that has half-closed
-		c := ts.joinStalled()
-		c.send("72\n")
-		io.ReadFull(c, make([]byte, len("block 1 proposed with BPM 72: 1 of 1 tokens so far, draw in 30s\n\nEnter a new BPM:")))
-		c.halfClose()
-		ts.advance(time.Second)
-		ts.wantLog(" disconnects; its stake counts until the next draw\n")
-		ts.broadcast(ts.lottery.chain.latest(0))
-		ts.advance(11 * time.Second)
+		ts.advance(tcptest.UserTimeout)
+		ts.wantLog(why + "; its stake counts until the next draw\n")
+		ts.wantValidators(1, 1)
 		ts.advance(30 * time.Second)
-		ts.wantLog(" dropped: it took nothing for 10s\n")
 		ts.wantValidators(0, 0)
 	})
-	runServer(t, func(ts *testServer) {
+	runServer(t, func(ts *testServer) { // after it has half-closed
 		c := ts.joinStalled()
 		c.send("72\n")
-		ts.log.take()
-		ts.advance(10*time.Second - time.Nanosecond)
-		if logged := ts.log.peek(); logged != "" {
-			t.Errorf("logged %q within 10 s", logged)
+		c.halfClose()
+		ts.wantLog(" disconnects; its stake counts until the next draw\n")
+		ts.advance(30 * time.Second)
+		ts.wantValidators(0, 0)
+		ts.advance(tcptest.UserTimeout)
+		if len(ts.clients) != 0 {
+			t.Errorf("%d clients are left", len(ts.clients))
 		}
-		ts.advance(time.Nanosecond)
-		ts.wantLog("it took nothing for 10s;")
 	})
 }
 
@@ -756,7 +720,7 @@ func TestSlowReader(t *testing.T) {
 		want := "\nwinning validator: " + winner + " with 5 of 7 tokens\n\nEnter a new BPM:"
 		received := make([]byte, len(want))
 		for i := range received {
-			ts.advance(1500 * time.Millisecond)
+			ts.advance(15 * time.Second)
 			io.ReadFull(c, received[i:i+1])
 		}
 		if string(received) != want {
@@ -765,22 +729,21 @@ func TestSlowReader(t *testing.T) {
 	})
 }
 
-// A write that fails ends what is queued for a client, also if it has half-closed.
+// A client that has half-closed and then closes is gone after the draw.
 func TestWriteToClosed(t *testing.T) {
 	runServer(t, func(ts *testServer) {
 		c := ts.joinStalled()
 		c.halfClose()
-		synctest.Wait()
 		for range 3 {
 			ts.announce(new(validator), 0)
 		}
 		c.Close()
 		synctest.Wait()
-		s := ts.clients[0]
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.err == nil || len(s.queue) > 0 {
-			t.Errorf("%d messages are queued, %v", len(s.queue), s.err)
+		ts.wantValidators(1, 1)
+		ts.advance(30 * time.Second)
+		ts.wantValidators(0, 0)
+		if len(ts.clients) != 0 {
+			t.Errorf("%d clients are left", len(ts.clients))
 		}
 	})
 }
@@ -806,43 +769,16 @@ func TestBehind(t *testing.T) {
 		ts.advance(10 * time.Millisecond)
 		ts.wantValidators(1, 1)
 	})
-	runServer(t, func(ts *testServer) {
-		ts.joinStalled()
-		for range 1 + maxQueue {
-			ts.server.announce(new(validator), 0)
-		}
-		ts.server.broadcast(ts.lottery.chain.latest(0)) // is left out
-		s := ts.clients[0]
-		if len(s.queue) != maxQueue || s.err != nil {
-			t.Errorf("%d messages wait, %v, want %d", len(s.queue), s.err, maxQueue)
-		}
-	})
-}
-
-// A broadcast waits for a client once, and has the chain's own bytes: a client
-// could read it for days.
-func TestBroadcastIsTheChains(t *testing.T) {
-	runServer(t, func(ts *testServer) {
+	runServer(t, func(ts *testServer) { // also one that has half-closed
 		c := ts.joinStalled()
-		s, chain := ts.clients[0], ts.lottery.chain
-		ts.server.announce(new(validator), 0) // and so this is being written
-		want := func(waiting int) {
-			t.Helper()
-			ts.server.broadcast(chain.latest(0))
-			synctest.Wait()
-			if len(s.queue) != waiting {
-				t.Fatalf("%d messages wait, want %d", len(s.queue), waiting)
-			}
+		c.halfClose()
+		ts.wantLog(" disconnects; its stake counts until the next draw\n")
+		for range 2 + lineconn.MaxQueue {
+			ts.announce(new(validator), 0)
 		}
-		want(1)
-		if !slices.ContainsFunc(s.queue[0].pieces, func(piece []byte) bool { return &piece[0] == &chain.chunks[0][0] }) {
-			t.Errorf("the chain was copied")
-		}
-		want(1)
-		io.ReadFull(c, make([]byte, len("\nwinning validator:  with 0 of 0 tokens\n\nEnter a new BPM:\n"))) // now the chain is
-		want(0)
-		ts.server.announce(new(validator), 0)
-		want(1)
+		ts.advance(30 * time.Second)
+		ts.wantLog(" dropped: it is 64 messages behind\n")
+		ts.wantValidators(0, 0)
 	})
 }
 
@@ -864,7 +800,7 @@ func TestEachWinnerIsHeardOnce(t *testing.T) {
 					}
 				})
 			}
-			for range maxQueue / 2 {
+			for range lineconn.MaxQueue / 2 {
 				ts.lottery.pickWinner(time.Now(), ts.server)
 			}
 			sending.Wait()
@@ -896,9 +832,9 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 		s.lottery.broadcastInterval = time.Hour
 	}
 	runServerWith(t, set, func(ts *testServer) {
-		var late atomic.Int64
+		var late, taken atomic.Int64
 		for range clients {
-			ts.joinLate(&late)
+			ts.joinLate(&late, &taken)
 		}
 		last := ts.join(1)
 		for _, d := range []time.Duration{1100 * time.Microsecond, 1200 * time.Microsecond, 1300 * time.Microsecond, 9 * time.Second} {
@@ -920,42 +856,38 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 	})
 }
 
-var processors = runtime.GOMAXPROCS(0) // before any test
-
 // An announcement has as many workers as there are processors, after announceStep twice as
-// many more and so on, but never more than clients, since each can block one.
-func TestAnnounceWorkers(t *testing.T) {
+// many more and so on, but never more than clients, since each can block one. If the rest
+// is soon done there are no more.
+func TestFanOutWorkers(t *testing.T) {
+	processors := runtime.GOMAXPROCS(0)
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
 		after   time.Duration
-		want    int
+		want    int // clients that have been written to
 	}{
-		{100, time.Millisecond, announceStep / 2, processors},
-		{100, 9 * time.Second, announceStep / 2, processors},
-		{100, 9 * time.Second, announceStep * 3 / 2, 3 * processors},
-		{100, 9 * time.Second, announceStep * 5 / 2, 7 * processors},
-		{3, 9 * time.Second, announceStep * 5 / 2, 3},
-		{processors - 1, 9 * time.Second, announceStep / 2, processors - 1},
+		{100 * processors, 9 * time.Second, announceStep / 2, processors},
+		{100 * processors, 9 * time.Second, announceStep * 3 / 2, 3 * processors},
+		{100 * processors, 9 * time.Second, announceStep * 5 / 2, 7 * processors},
+		{3 * processors, 9 * time.Second, announceStep * 5 / 2, 3 * processors},
+		{processors, 9 * time.Second, announceStep / 2, processors},
+		{300 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 3*12) * processors},
+		{200 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 12) * processors},
 	} {
 		runServer(t, func(ts *testServer) {
-			var late atomic.Int64
+			var late, taken atomic.Int64
 			late.Store(int64(test.late))
 			for range test.clients {
-				ts.joinLate(&late)
+				ts.joinLate(&late, &taken)
 			}
-			done := make(chan struct{})
-			go func() {
-				ts.server.announce(new(validator), 0)
-				close(done)
-			}()
+			ts.advance(500 * time.Millisecond)
+			go ts.server.announce(new(validator), 0)
 			ts.advance(test.after)
-			stacks := make([]byte, 8<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			if workers := bytes.Count(stacks, []byte("(*server).flushAll in goroutine")); workers != test.want {
-				t.Errorf("%d clients that are %v late: %d workers after %v, want %d", test.clients, test.late, workers, test.after, test.want)
+			if n := int(taken.Load()); n != test.want {
+				t.Errorf("%d clients that are %v late: after %v %d have been written to, want %d", test.clients, test.late, test.after, n, test.want)
 			}
-			<-done
+			ts.advance(test.late * time.Duration(test.clients))
 			ts.stop()
 			ts.advance(test.late)
 		})
@@ -969,7 +901,7 @@ func TestAcceptFails(t *testing.T) {
 		fail := func(delay string) {
 			t.Helper()
 			ts.log.take()
-			ts.listener.accepts <- errors.New("too many open files")
+			ts.listener.Accepts <- errors.New("too many open files")
 			synctest.Wait()
 			ts.wantLog("cannot accept a connection, trying again in " + delay + ": too many open files\n")
 			staked.send("\n") // those that are connected notice nothing
@@ -1000,13 +932,53 @@ func TestStop(t *testing.T) {
 		unstaked.wantClosed("\nserver shutting down\n")
 		staked.wantClosed("\nserver shutting down\n")
 		halfClosed.wantClosed("\nserver shutting down\n")
-		if d := time.Since(start); d > stopLimit+lingerLimit {
-			t.Errorf("stopped after %v, want at most %v", d, stopLimit+lingerLimit)
+		if d := time.Since(start); d > 2*time.Second {
+			t.Errorf("stopped after %v, want at most 2s", d)
 		}
 		if _, err := stalled.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading: %v, want EOF", err)
 		}
 	})
+}
+
+// Everyone is told of a stop at once, also while a block is being written. A disk that
+// does not answer holds up the end for some seconds at most.
+func TestStopWhileSyncing(t *testing.T) {
+	for _, test := range []struct {
+		takes time.Duration // the fsync
+		want  time.Duration // the stop
+		err   error
+	}{
+		{3 * time.Second, 2500 * time.Millisecond, nil}, // it began half a second before
+		{time.Hour, stopLimit, errNoAnswer},
+	} {
+		set := func(s *server) {
+			name, _ := newChainFile(t, 1)
+			chain := open(t, name)
+			*s.lottery.chain = *chain
+			s.lottery.chain.file = &hookedFile{chain.file, func() error { time.Sleep(test.takes); return nil }}
+		}
+		runServerWith(t, set, func(ts *testServer) {
+			c := ts.join(1)
+			c.send("72\n")
+			ts.advance(30 * time.Second)
+			c.received.take()
+			start := time.Now()
+			go func() {
+				synctest.Wait()
+				c.wantClosed("\nserver shutting down\n")
+				if d := time.Since(start); d != 0 {
+					t.Errorf("told after %v", d)
+				}
+			}()
+			ts.stop()
+			if d := time.Since(start); d != test.want || ts.err != test.err {
+				t.Errorf("stopped after %v, %v, want %v, %v", d, ts.err, test.want, test.err)
+			}
+			ts.advance(test.takes)
+			c.want("") // it was not announced
+		})
+	}
 }
 
 // Nothing follows the last line, also if it is not taken at once.
@@ -1040,29 +1012,20 @@ func TestStopWhileWriting(t *testing.T) {
 	})
 }
 
-// wantBounded checks that no session holds more than its share.
+// wantBounded checks that there are no more connections than allowed.
 func (ts *testServer) wantBounded() {
 	ts.Helper()
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	for _, c := range ts.clients {
-		c.mu.Lock()
-		chains := 0
-		for _, m := range c.queue {
-			if m.isChain {
-				chains++
-			}
-		}
-		if len(c.queue) > maxQueue || chains > 1 {
-			ts.Errorf("%d messages wait for a client, %d of them the chain", len(c.queue), chains)
-		}
-		c.mu.Unlock()
+	if len(ts.clients) > ts.maxValidators || ts.refusals > maxRefusals {
+		ts.Errorf("%d clients and %d refusals", len(ts.clients), ts.refusals)
 	}
 }
 
 // terminalSafe reports whether the text may reach a terminal or the log: whether
 // it is made of what Go's %q leaves as it is, and line ends.
 func terminalSafe(text string) bool {
+	text = strings.ReplaceAll(text, "\r\n", "\n")
 	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
 }
 
@@ -1106,7 +1069,12 @@ func TestHostileClients(t *testing.T) {
 		},
 		"sends a megabyte without a line end": func(ts *testServer) {
 			io.WriteString(ts.connect(), strings.Repeat("1", 1_000_000))
-			io.WriteString(ts.join(1), strings.Repeat("\x00", 1_000_000))
+			io.WriteString(ts.join(1), strings.Repeat("\x01", 1_000_000))
+		},
+		"sends what means nothing": func(ts *testServer) {
+			c := ts.join(1)
+			io.WriteString(c, strings.Repeat("\x00\b\x1b[A\xff\xf1", 10_000))
+			c.Close()
 		},
 		"sends every byte value": func(ts *testServer) {
 			for b := range 256 {
@@ -1118,7 +1086,7 @@ func TestHostileClients(t *testing.T) {
 					}
 					c.Close()
 				}
-				ts.advance(lingerLimit)
+				ts.advance(time.Second)
 			}
 		},
 		"closes in the middle of anything": func(ts *testServer) {
@@ -1234,79 +1202,31 @@ func TestStopWithThousands(t *testing.T) {
 	})
 }
 
-// telnetCommands matches telnet's commands in text that has a rune for each byte:
-// RFC 854, and RFC 855 for subnegotiations.
-var telnetCommands = regexp.MustCompile(`(?s)\x{ff}\x{ff}|` +
-	`\x{ff}\x{fa}(?:[^\x{ff}]|\x{ff}[^\x{f0}])*(?:\x{ff}\x{f0}|\x{ff}?\z)|` +
-	`\x{ff}[\x{fb}-\x{fe}](?:.|\z)|` +
-	`\x{ff}(?:.|\z)`)
-
-// withoutTelnet returns what is left of the bytes without telnet's commands, up to the end
-// of the last line before an interrupt if there is one.
-func withoutTelnet(sent []byte) (left []byte, interrupted bool) {
-	var runes []rune
-	for _, b := range sent {
-		runes = append(runes, rune(b))
-	}
-	text := telnetCommands.ReplaceAllStringFunc(string(runes), func(command string) string {
-		switch command {
-		case "\u00ff\u00ff":
-			return "\u00ff"
-		case "\u00ff\u00f4", "\u00ff\u00f3":
-			return "INTERRUPT"
-		}
-		return ""
-	})
-	text, _, interrupted = strings.Cut(text, "INTERRUPT")
-	if interrupted {
-		text = text[:strings.LastIndex(text, "\n")+1]
-	}
-	for _, r := range text {
-		left = append(left, byte(r))
-	}
-	return left, interrupted
-}
-
-// Telnet's commands, cut anywhere, change nothing; an interrupt hangs up.
-func TestTelnet(t *testing.T) {
-	for _, sent := range []string{
-		"\xff\xfb\x1f\xff\xfb\x20\xff\xfb\x18\xff\xfb\x27\xff\xfd\x01\xff\xfb\x03\xff\xfd\x03100\r\n72\r\n", // as PuTTY
-		"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\n\xff\xfe\xff7\xff\xf12\n",                                   // options that look like something else
-		"100\n7\xff\xfa\x18\x00xterm\xff\xff\xf0\xff\xf4\n\xff\xf02\n",                                      // a subnegotiation with all in it
-		"100\n\xff\xff\n",   // a byte 0xff
-		"100\n\xff\xfa72\n", // one that never ends
-		"100\n72\xff",       // cut short
-		"100\n72\xff\xfb",
-		"100\n\xff\xf9\xff\xf0" + strings.Repeat("0", 62) + "\xff\xfb\x0172\n", // as long as a line may be
-		"100\n72\n7\xff\xf4\xff\xfd\x06",                                       // Ctrl-C
-		"100\n72\n\xff\xf3 73\n",                                               // Break
-		"10\xff\xf40\n",
-		"\xff\xf4100\n",
+// What is typed is what was meant, at the stake and after it, however it is cut: it is the
+// same session as that of the lines in want.
+func TestTyped(t *testing.T) {
+	for _, test := range []struct{ sent, want string }{
+		{"\xff\xfb\x1f\xff\xfb\x20\xff\xfb\x18\xff\xfb\x27\xff\xfd\x01\xff\xfb\x03\xff\xfd\x03100\r\n72\r\n", "100\r\n72\r\n"}, // PuTTY
+		{"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\n\xff\xfe\xff7\xff\xf12\n", "100\r\n72\r"},                                     // options that look like something else
+		{"\x7f100\r\x0073\b2\r\x00", "100\r72\r"},                                                                              // telnet in character mode
+		{"101\xff\xf70\x1b[D\r\x1b[A72\r", "100\r72\r"},
+		{"99\x15100\n70\x1772\x1bOP\n", "100\n72\n"},
+		{"100\n72\x04oops\n", "100\n72"},
+		{"100\n72\nx\x03oops\n", "100\n72\n\x03"},
 	} {
-		for cut := range len(sent) {
-			wantSameWithoutTelnet(t, []byte(sent), cut)
+		want, wantLogged := transcript(t, []byte(test.want))
+		for cut := range len(test.sent) {
+			received, logged := transcript(t, []byte(test.sent[:cut]), []byte(test.sent[cut:]))
+			if received != want || logged != wantLogged {
+				t.Errorf("%q cut at %d: received %q\nlogged %q\nas %q: received %q\nlogged %q", test.sent, cut, received, logged, test.want, want, wantLogged)
+			}
 		}
 	}
 }
 
-// wantSameWithoutTelnet checks that a client receives, and the server logs, the same whether or
-// not there are telnet's commands in what it sends, cut into two parts.
-func wantSameWithoutTelnet(t *testing.T, sent []byte, cut int) {
-	t.Helper()
-	left, interrupted := withoutTelnet(sent)
-	received, logged := transcript(t, sent[:cut], sent[cut:])
-	want, wantLogged := transcript(t, bytes.ReplaceAll(left, []byte("\xff"), []byte("\xff\xff")))
-	if interrupted { // it receives less
-		want = want[:min(len(want), len(received))]
-	}
-	if received != want || logged != wantLogged {
-		t.Errorf("%q cut at %d: received %q\nlogged %q\nwithout commands, %q: received %q\nlogged %q", sent, cut, received, logged, left, want, wantLogged)
-	}
-}
-
-// Telnet's Ctrl-C closes the connection at once; stake and block stay for the draw.
+// Ctrl-C closes the connection at once; stake and block stay for the draw.
 func TestInterrupt(t *testing.T) {
-	for _, sent := range []string{"7\xff\xf4\xff\xfd\x06", "7\xff\xf3"} { // Ctrl-C, Break
+	for _, sent := range []string{"7\x03", "7\xff\xf4\xff\xfd\x06", "7\xff\xf3"} { // Ctrl-C, telnet's, Break
 		runServer(t, func(ts *testServer) {
 			c, other := ts.join(100), ts.join(1)
 			c.send("72\n")
@@ -1317,23 +1237,29 @@ func TestInterrupt(t *testing.T) {
 			ts.wantLog("validator " + c.address + " disconnects; its stake counts until the next draw\n")
 			ts.advance(30 * time.Second)
 			other.want(c.wins(100))
+			c.want("")
 			ts.wantValidators(1, 1)
 		})
 	}
 }
 
 // FuzzSession says that whatever a client sends, it receives the same however that is
-// cut, and without telnet's commands, and nothing that controls a terminal.
+// cut, and nothing that controls a terminal.
 func FuzzSession(f *testing.F) {
 	f.Add([]byte("100\n72\n\n73\r\noops\n72\n"), uint16(5))
 	f.Add([]byte(" +5 \r\n-999999999999999"), uint16(20))
 	f.Add([]byte("\x1b[2J\xff\xff\x00\n"), uint16(2))
 	f.Add([]byte("1\n"+strings.Repeat("0", 64)+"\r\n"+strings.Repeat("0", 65)+"\n"), uint16(67))
 	f.Add([]byte("\xff\xfb\x1f100\n\xff\xfa\x18\x00x\xff\xf072\n7\xff\xf4\xff\xfd\x06"), uint16(9))
+	f.Add([]byte("100\r\x0073\x7f2\r7\x04"), uint16(4))
 	f.Fuzz(func(t *testing.T, sent []byte, cut uint16) {
 		at := min(int(cut), len(sent))
-		wantSameWithoutTelnet(t, sent, at)
-		if received, logged := transcript(t, sent); !terminalSafe(received) || !terminalSafe(logged) {
+		want, wantLogged := transcript(t, sent)
+		received, logged := transcript(t, sent[:at], sent[at:])
+		if received != want || logged != wantLogged {
+			t.Errorf("%q cut at %d: received %q\nlogged %q\nuncut: received %q\nlogged %q", sent, cut, received, logged, want, wantLogged)
+		}
+		if !terminalSafe(received) || !terminalSafe(logged) {
 			t.Errorf("received %q\nlogged %q", received, logged)
 		}
 	})

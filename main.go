@@ -13,7 +13,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	_ "embed"
@@ -30,11 +29,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/joho/godotenv"
+
+	"proof-of-stake/internal/asyncwriter"
+	"proof-of-stake/internal/lineconn"
 )
 
 const usage = `Usage: proof-of-stake
@@ -77,21 +78,33 @@ func main() {
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
-	stderr := &output{file: os.Stderr, name: "the log", unit: "lines"}
+	var notices *log.Logger // room in the log for what was left out of both
+	leftOut := func(what string) func(int, error) {
+		return func(writes int, reason error) { notices.Printf("%s: %d; %v", what, writes, reason) }
+	}
+	stderr := asyncwriter.New(os.Stderr, leftOut("lines left out of the log"))
+	stdout := asyncwriter.New(os.Stdout, leftOut("blocks left out of standard output"))
+	notices = log.New(stderr.Notices(), "", log.LstdFlags)
 	logger := log.New(stderr, "", log.LstdFlags)
-	stderr.notices = log.New(noticeWriter{stderr}, "", log.LstdFlags)
-	stdout := &output{file: os.Stdout, name: "standard output", unit: "blocks", notices: stderr.notices}
 	err := run(ctx, stdout, logger)
 	if err != nil {
 		logger.Print(err)
 	}
 	deadline := time.Now().Add(flushLimit)
-	stdout.flush(deadline)
-	stderr.flush(deadline.Add(flushLimit / 10)) // later, since stdout.flush may have logged
+	stdout.Flush(deadline)
+	stderr.Flush(deadline.Add(flushLimit / 10)) // later, since stdout.Flush may have logged
 	if err != nil {
 		os.Exit(1)
 	}
 }
+
+const (
+	stopLimit  = 3500 * time.Millisecond // from the stop until the connections and the disk are waited for no longer
+	flushLimit = time.Second             // from then to the end of the outputs
+)
+
+// errNoAnswer is why a stop did not wait for the lottery.
+var errNoAnswer = fmt.Errorf("the disk has not answered within %v; the block that was being written may be in the file, but it was not announced", stopLimit)
 
 // run reads the settings and runs the server until ctx is done or the chain is lost.
 func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
@@ -123,21 +136,41 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
 	lottery.broadcastBlocks = set.broadcastBlocks
-	server := newServer(lottery, set.maxValidators, logger)
+	return serve(ctx, lottery, newServer(lottery, set.maxValidators, logger), listener)
+}
 
-	// The server stops after the lottery, so that whatever is drawn is announced.
-	serving, stopServing := context.WithCancel(context.Background())
+// serve runs the lottery and the server until ctx is done or the chain is lost. Then the
+// server tells all clients at once, also while a block is being written. serve waits for
+// the disk and for the connections, but no longer than stopLimit.
+func serve(ctx context.Context, lottery *lottery, server *server, listener net.Listener) error {
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	drawn := make(chan error, 1)
+	go func() {
+		drawn <- lottery.run(serving, server)
+		stop()
+	}()
 	served := make(chan struct{})
 	go func() {
 		server.serve(serving, listener)
 		close(served)
 	}()
-	err = lottery.run(ctx, server)
-	if err == nil {
-		logger.Print("shutting down")
+	<-serving.Done()
+	if ctx.Err() != nil {
+		server.log.Print("shutting down")
 	}
-	stopServing()
-	<-served
+	limit, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	var err error
+	select {
+	case err = <-drawn:
+	case <-limit.Done():
+		err = errNoAnswer
+	}
+	select {
+	case <-served:
+	case <-limit.Done():
+	}
 	return err
 }
 
@@ -146,7 +179,7 @@ const windowsEADDRINUSE = syscall.Errno(10048)
 
 // listen listens on the port of the host.
 func listen(host string, port int) (net.Listener, error) {
-	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	listener, err := lineconn.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)), lineconn.Timeout)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
 		other := 9100
@@ -160,120 +193,6 @@ func listen(host string, port int) (net.Listener, error) {
 		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST, which must be a name or an address of this machine, or empty for all of them: %w", port, host, err)
 	}
 	return listener, nil
-}
-
-const (
-	maxOutput  = 1 << 20     // bytes that wait for each output
-	maxNotices = 4 << 10     // bytes in addition, for what the log says about writes that were left out
-	flushLimit = time.Second // from the end of the last connection to the end of the outputs
-)
-
-var errNotRead = errors.New("it was not read")
-
-// An output is standard output or standard error. Its reader may pause, as a terminal
-// does after Ctrl-S, so Write only enqueues. A goroutine writes the queue and ends when
-// it is empty. A write that would take the queue beyond maxOutput bytes is left out, and
-// so are all after it until the queue is empty. Then the log says how many they were.
-type output struct {
-	file    io.Writer
-	name    string
-	unit    string // of what one Write writes, in the plural
-	notices *log.Logger
-
-	mu      sync.Mutex    // guards the following; never held during a write
-	queue   [][]byte      // the first one is being written
-	size    int           // bytes in queue
-	written chan struct{} // closed when writeQueue ends; nil if it does not run
-	omitted int           // writes left out since the last notice
-	err     error         // of the last write that failed since then
-}
-
-// Write never waits and never fails.
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.size+len(p) > maxOutput || o.omitted > 0 && len(o.queue) > 0 {
-		o.omitted++
-	} else {
-		o.enqueueLocked(p)
-	}
-	return len(p), nil
-}
-
-// A noticeWriter writes to an output also when its queue is full, within maxNotices.
-type noticeWriter struct{ *output }
-
-func (w noticeWriter) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.size+len(p) <= maxOutput+maxNotices {
-		w.enqueueLocked(p)
-	}
-	return len(p), nil
-}
-
-// enqueueLocked queues a write. o.mu must be held.
-func (o *output) enqueueLocked(p []byte) {
-	o.queue = append(o.queue, bytes.Clone(p))
-	o.size += len(p)
-	if o.written == nil {
-		o.written = make(chan struct{})
-		go o.writeQueue()
-	}
-}
-
-// writeQueue writes until the queue is empty, and logs how many writes were left out.
-func (o *output) writeQueue() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for len(o.queue) > 0 {
-		next := o.queue[0]
-		o.mu.Unlock()
-		_, err := o.file.Write(next)
-		o.mu.Lock()
-		o.queue = o.queue[1:]
-		o.size -= len(next)
-		if err != nil {
-			o.omitted++
-			o.err = err
-		} else if len(o.queue) == 0 {
-			o.mu.Unlock()
-			o.logOmitted()
-			o.mu.Lock()
-		}
-	}
-	close(o.written)
-	o.written = nil
-}
-
-// logOmitted has the log say how many writes have been left out since the last time,
-// if any.
-func (o *output) logOmitted() {
-	o.mu.Lock()
-	omitted, err := o.omitted, o.err
-	o.omitted, o.err = 0, nil
-	o.mu.Unlock()
-	if omitted > 0 {
-		o.notices.Printf("%s left out of %s: %d; %v", o.unit, o.name, omitted, cmp.Or(err, errNotRead))
-	}
-}
-
-// flush waits until everything is written, but not after the deadline, and has the log
-// say what is left out for good.
-func (o *output) flush(deadline time.Time) {
-	o.mu.Lock()
-	written := o.written
-	o.mu.Unlock()
-	if written != nil {
-		select {
-		case <-written:
-		case <-time.After(time.Until(deadline)):
-		}
-	}
-	o.mu.Lock()
-	o.omitted += len(o.queue)
-	o.mu.Unlock()
-	o.logOmitted()
 }
 
 // settings are explained in .env.example.

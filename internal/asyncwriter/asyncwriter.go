@@ -1,0 +1,133 @@
+// Package asyncwriter has an io.Writer that never waits for whoever reads what is
+// written: a terminal that Ctrl-S has stopped, a pager, a full pipe.
+package asyncwriter
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"sync"
+	"time"
+)
+
+const (
+	maxQueue   = 1 << 20 // bytes that wait to be written
+	maxNotices = 4 << 10 // bytes in addition, for what Notices writes
+)
+
+// ErrNotRead is the reason for a write that was left out because the queue was full.
+var ErrNotRead = errors.New("it was not read")
+
+// A Writer queues what is written and returns at once. A goroutine writes the queue and
+// ends when it is empty. A Write that would take the queue beyond 1 MiB is left out, and
+// so are all after it until the queue is empty.
+type Writer struct {
+	dst     io.Writer
+	leftOut func(writes int, reason error)
+
+	mu      sync.Mutex    // guards the following; never held during a write
+	queue   [][]byte      // the first one is being written
+	size    int           // bytes in queue
+	written chan struct{} // closed when writeQueue ends; nil if it does not run
+	omitted int           // writes left out since leftOut was last called
+	err     error         // of the last write that failed since then
+}
+
+// New returns a Writer to dst. As soon as writes go through again after some were left
+// out, or have failed, leftOut is called with their number and the last error, ErrNotRead
+// if there was none.
+func New(dst io.Writer, leftOut func(writes int, reason error)) *Writer {
+	return &Writer{dst: dst, leftOut: leftOut}
+}
+
+// Write never waits and never fails.
+func (w *Writer) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.size+len(p) > maxQueue || w.omitted > 0 && len(w.queue) > 0 {
+		w.omitted++
+	} else {
+		w.enqueueLocked(p)
+	}
+	return len(p), nil
+}
+
+// Notices returns a writer to the same queue that has room for 4 KiB when the queue is
+// full. It is meant for what leftOut has to say.
+func (w *Writer) Notices() io.Writer { return notices{w} }
+
+type notices struct{ *Writer }
+
+func (w notices) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.size+len(p) <= maxQueue+maxNotices {
+		w.enqueueLocked(p)
+	}
+	return len(p), nil
+}
+
+// enqueueLocked queues a write. w.mu must be held.
+func (w *Writer) enqueueLocked(p []byte) {
+	w.queue = append(w.queue, bytes.Clone(p))
+	w.size += len(p)
+	if w.written == nil {
+		w.written = make(chan struct{})
+		go w.writeQueue()
+	}
+}
+
+// writeQueue writes until the queue is empty.
+func (w *Writer) writeQueue() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.queue) > 0 {
+		next := w.queue[0]
+		w.mu.Unlock()
+		_, err := w.dst.Write(next)
+		w.mu.Lock()
+		w.queue = w.queue[1:]
+		w.size -= len(next)
+		if err != nil {
+			w.omitted++
+			w.err = err
+		} else if len(w.queue) == 0 {
+			w.reportLocked()
+		}
+	}
+	close(w.written)
+	w.written = nil
+}
+
+// reportLocked calls leftOut if something has been left out since the last time. w.mu
+// must be held; it is released meanwhile.
+func (w *Writer) reportLocked() {
+	omitted, err := w.omitted, w.err
+	w.omitted, w.err = 0, nil
+	if omitted == 0 {
+		return
+	}
+	if err == nil {
+		err = ErrNotRead
+	}
+	w.mu.Unlock()
+	defer w.mu.Lock()
+	w.leftOut(omitted, err)
+}
+
+// Flush waits until everything is written, but not after the deadline, and reports what
+// is left out for good.
+func (w *Writer) Flush(deadline time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if written := w.written; written != nil {
+		w.mu.Unlock()
+		select {
+		case <-written:
+		case <-time.After(time.Until(deadline)):
+		}
+		w.mu.Lock()
+	}
+	w.omitted += len(w.queue)
+	w.reportLocked()
+}

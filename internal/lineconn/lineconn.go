@@ -1,0 +1,412 @@
+// Package lineconn is a TCP connection to somebody who types lines. It reads the lines
+// that were meant, writes replies and messages through one queue, and closes so that the
+// last line arrives.
+package lineconn
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"proof-of-stake/internal/telnet"
+)
+
+const (
+	// MaxLine is the longest line in bytes, its end not counted.
+	MaxLine = 64
+
+	// MaxQueue bounds the messages that wait for a slow client, replies not counted.
+	MaxQueue = 64
+
+	// maxReplies bounds the replies that wait. While so many do, no line is read.
+	maxReplies = 64
+
+	// After the last line, what the client still sends is read and thrown away until it
+	// has sent nothing for maxSilence, or for maxDrain in all.
+	maxSilence = time.Second
+	maxDrain   = 3 * time.Second
+)
+
+var (
+	ErrLineTooLong = errors.New("the line is too long")
+	ErrInterrupted = errors.New("it was interrupted by Ctrl-C")
+
+	// The client is too slow, and the connection was reset.
+	ErrQueueFull = fmt.Errorf("it is %d messages behind", MaxQueue)
+	ErrTimeout   = errors.New("it has stopped reading or is no longer there")
+)
+
+// A TCPConn is what a Conn needs of a net.TCPConn.
+type TCPConn interface {
+	net.Conn
+	CloseWrite() error
+	SetLinger(sec int) error
+}
+
+// A Conn is a connection to a client that sends lines. One goroutine, the reader, calls
+// ReadLine, Write, AvailableBuffer and Close; the other methods are for all goroutines.
+//
+// Replies and messages are written through one queue, in order. Whoever has added to it
+// and finds nobody writing writes, as in ergo's irc/socket.go. For the reader a goroutine
+// does, so that lines are read however slowly the client takes what is written. When
+// everything is written, no goroutine but the reader is left.
+type Conn struct {
+	conn TCPConn
+
+	// The following belong to the reader.
+	replies  *Message // to the lines since the last Read, not queued yet; nil if there are none
+	filter   telnet.Filter
+	ended    bool  // the client has ended its input
+	next     uint8 // input[next:received] is still to be filtered
+	received uint8
+	input    [MaxLine + len("\r\n")]byte
+
+	mu        sync.Mutex // guards the following; never held during a write
+	queue     []*Message
+	held      uint8         // messages at the end of queue that wait until the reader has replied to a line
+	messages  uint8         // in queue, replies not counted
+	waiting   uint8         // replies in queue
+	handling  bool          // the reader is not in Read, so that messages are held
+	writing   bool          // somebody writes the queue
+	crlf      bool          // the client needs \r\n
+	droppable bool          // a droppable message is queued or being written
+	stopping  bool          // the reader must not wait for the client any more
+	closing   bool          // nothing can be enqueued any more
+	err       error         // why the connection was reset
+	changed   chan struct{} // made by the reader to wait for a change, which closes it
+}
+
+// New returns a Conn for the connection.
+func New(conn TCPConn) *Conn { return &Conn{conn: conn, handling: true} }
+
+// RemoteAddr returns the client's address.
+func (c *Conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
+
+// SetReadDeadline sets the time after which ReadLine fails with os.ErrDeadlineExceeded.
+func (c *Conn) SetReadDeadline(t time.Time) { c.conn.SetReadDeadline(t) }
+
+// A Message is text for any number of connections, which share its bytes.
+type Message struct {
+	text      [][]byte // in pieces
+	crlf      [][]byte // the same with \r\n; nil if there is no difference
+	droppable bool
+	replies   uint8 // how many replies of one connection it is; 0 if it is for all
+}
+
+// NewMessage returns a message whose text is the pieces, which must not change any more.
+// Their line ends are \n.
+func NewMessage(pieces ...[]byte) *Message {
+	m := &Message{text: pieces, crlf: make([][]byte, len(pieces))}
+	for i, piece := range pieces {
+		m.crlf[i] = crlf(piece)
+	}
+	return m
+}
+
+// NewDroppableMessage is NewMessage for a message that is left out for a client whose
+// queue is full, or to which another such message is queued or being written.
+func NewDroppableMessage(pieces ...[]byte) *Message {
+	m := NewMessage(pieces...)
+	m.droppable = true
+	return m
+}
+
+// crlf returns text with \r\n for each \n; if there is none it is text itself.
+func crlf(text []byte) []byte {
+	if bytes.IndexByte(text, '\n') < 0 {
+		return text
+	}
+	return bytes.ReplaceAll(text, []byte("\n"), []byte("\r\n"))
+}
+
+// ReadLine returns the next line without its end; it is valid until the next call. The
+// last line needs no end. Its error is io.EOF if the client has ended its input,
+// ErrInterrupted, ErrLineTooLong with the first MaxLine+1 bytes of the line, the reason
+// why the connection was reset, or what Read returns.
+func (c *Conn) ReadLine() ([]byte, error) {
+	c.endLine(false)
+	line := c.input[c.next:c.next]
+	for !c.ended {
+		text, rest, end := c.filter.Next(line, c.input[c.next:c.received], MaxLine)
+		c.next = c.received - uint8(len(rest))
+		switch end {
+		case telnet.LineEnd:
+			return text, nil
+		case telnet.TooLong:
+			return text, ErrLineTooLong
+		case telnet.Interrupt:
+			return nil, ErrInterrupted
+		case telnet.EndOfInput:
+			c.ended = true
+			line = text
+			continue
+		}
+		line = c.input[:copy(c.input[:], text)]
+		n, err := c.read(c.input[len(line):])
+		c.next = uint8(len(line))
+		c.received = c.next + uint8(n)
+		if err != nil && err != io.EOF {
+			return nil, err
+		}
+		c.ended = err == io.EOF
+	}
+	if len(line) > 0 {
+		c.next = c.received
+		return line, nil
+	}
+	c.endLine(true)
+	return nil, io.EOF
+}
+
+// read reads from the connection after all replies have been passed on to be written.
+func (c *Conn) read(p []byte) (int, error) {
+	c.endLine(true)
+	n, err := c.conn.Read(p)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.handling = true
+	if err = reason(err); err != ErrTimeout && c.err != nil {
+		err = c.err
+	}
+	return n, err
+}
+
+// endLine ends the handling of a line: what was held goes behind its reply. If the reader
+// is about to read, or if too many replies wait, they are written now.
+func (c *Conn) endLine(reading bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.crlf = c.filter.CRLF()
+	if !reading && c.held == 0 && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
+		return
+	}
+	c.queueRepliesLocked()
+	if len(c.queue) > 0 && !c.writing {
+		c.writing = true
+		go func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.writeLocked()
+		}()
+	}
+	for c.waiting >= maxReplies && !c.stopping && c.err == nil {
+		c.waitLocked()
+	}
+	c.handling = !reading
+}
+
+// queueRepliesLocked queues the replies, before the messages that are held until then,
+// and holds none any more. c.mu must be held.
+func (c *Conn) queueRepliesLocked() {
+	if c.replies != nil && c.err == nil {
+		c.queue = slices.Insert(c.queue, len(c.queue)-int(c.held), c.replies)
+		c.waiting += c.replies.replies
+	}
+	c.replies = nil
+	c.held = 0
+	c.handling = false
+}
+
+// waitLocked waits for a change of what c.mu guards. c.mu must be held; it is released
+// meanwhile.
+func (c *Conn) waitLocked() {
+	changed := make(chan struct{})
+	c.changed = changed
+	c.mu.Unlock()
+	<-changed
+	c.mu.Lock()
+}
+
+// wakeLocked ends the reader's wait, if it waits. c.mu must be held.
+func (c *Conn) wakeLocked() {
+	if c.changed != nil {
+		close(c.changed)
+		c.changed = nil
+	}
+}
+
+// replyPool has messages for replies, since few connections have any at the same time.
+var replyPool = sync.Pool{New: func() any { return &Message{text: make([][]byte, 1)} }}
+
+// reply returns the message that the next reply is added to.
+func (c *Conn) reply() *Message {
+	if c.replies == nil {
+		c.replies = replyPool.Get().(*Message)
+	}
+	return c.replies
+}
+
+// AvailableBuffer returns an empty buffer that is meant to be appended to and passed to
+// the next Write.
+func (c *Conn) AvailableBuffer() []byte {
+	text := c.reply().text[0]
+	return text[len(text):]
+}
+
+// Write replies to the line that ReadLine has returned. Its line ends are \n. It never
+// waits and never fails.
+func (c *Conn) Write(p []byte) (int, error) {
+	m := c.reply()
+	if c.filter.CRLF() {
+		p = crlf(p)
+	}
+	m.text[0] = append(m.text[0], p...)
+	m.replies++
+	return len(p), nil
+}
+
+// Enqueue queues a message and never waits. It is written by whoever calls Flush, or
+// writes already, but not before the reply to a line that the reader handles. If the
+// queue is full the connection is reset.
+func (c *Conn) Enqueue(m *Message) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	full := c.messages == MaxQueue
+	switch {
+	case c.closing || c.err != nil || m.droppable && (c.droppable || full):
+		return
+	case full:
+		c.failLocked(ErrQueueFull)
+		return
+	}
+	c.queue = append(c.queue, m)
+	c.messages++
+	c.droppable = c.droppable || m.droppable
+	if c.handling {
+		c.held++
+	}
+}
+
+// Flush writes what is queued, also what is queued meanwhile, unless somebody else writes.
+func (c *Conn) Flush() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.writing {
+		c.writing = true
+		c.writeLocked()
+	}
+}
+
+// writeLocked writes the queue, except for messages that are held. The caller has set
+// c.writing, and c.mu must be held; it is released during writes.
+func (c *Conn) writeLocked() {
+	for len(c.queue) > int(c.held) {
+		m := c.queue[0]
+		c.queue = slices.Delete(c.queue, 0, 1)
+		if m.replies > 0 {
+			c.waiting -= m.replies
+			c.wakeLocked()
+		} else {
+			c.messages--
+		}
+		text := m.text
+		if c.crlf && m.crlf != nil {
+			text = m.crlf
+		}
+		c.mu.Unlock()
+		var err error
+		for i := 0; i < len(text) && err == nil; i++ {
+			_, err = c.conn.Write(text[i])
+		}
+		if m.replies > 0 {
+			m.replies = 0
+			m.text[0] = m.text[0][:0]
+			replyPool.Put(m)
+		}
+		c.mu.Lock()
+		if m.droppable {
+			c.droppable = false
+		}
+		if err != nil {
+			c.failLocked(reason(err))
+		}
+	}
+	c.writing = false
+	c.wakeLocked()
+}
+
+// reason returns ErrTimeout for an error that says that the system has given up the client.
+func reason(err error) error {
+	if errors.Is(err, syscall.ETIMEDOUT) {
+		return ErrTimeout
+	}
+	return err
+}
+
+// Reset closes the connection at once because of the error. What the client has not taken
+// is discarded.
+func (c *Conn) Reset(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.failLocked(err)
+}
+
+// failLocked is Reset. c.mu must be held.
+func (c *Conn) failLocked(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+	c.queue, c.held, c.messages, c.waiting = nil, 0, 0, 0
+	c.conn.SetLinger(0)
+	c.conn.Close()
+	c.wakeLocked()
+}
+
+// Err returns why the connection was reset, or nil.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Stop has ReadLine fail with os.ErrDeadlineExceeded, also while it waits for the client,
+// and resets the connection if something is still to be written after the limit.
+func (c *Conn) Stop(limit time.Duration) {
+	c.conn.SetReadDeadline(time.Now())
+	c.conn.SetWriteDeadline(time.Now().Add(limit))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stopping = true
+	c.wakeLocked()
+}
+
+// Close writes what is queued and the last line, and closes the connection without a
+// reset, so that the system goes on delivering both. A connection that is closed while the
+// client sends is reset, so what still comes is read and thrown away for a while, in the
+// way of net/http's closeWriteAndWait. It does not wait if the client has closed first.
+func (c *Conn) Close(lastLine string) {
+	c.mu.Lock()
+	c.crlf = c.filter.CRLF()
+	c.queueRepliesLocked()
+	if lastLine != "" {
+		io.WriteString(c, lastLine)
+		c.queueRepliesLocked()
+	}
+	c.closing = true
+	for c.writing {
+		c.waitLocked()
+	}
+	c.writing = true
+	c.writeLocked()
+	failed := c.err != nil
+	c.mu.Unlock()
+	if failed {
+		return
+	}
+	err := c.conn.CloseWrite()
+	for end, discarded := time.Now().Add(maxDrain), make([]byte, 512); err == nil; {
+		deadline := time.Now().Add(maxSilence)
+		if deadline.After(end) {
+			deadline = end
+		}
+		c.conn.SetReadDeadline(deadline)
+		_, err = c.conn.Read(discarded)
+	}
+	c.conn.Close()
+}

@@ -1,0 +1,522 @@
+package lineconn
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"proof-of-stake/internal/tcptest"
+)
+
+// A client is the other end of a Conn.
+type client struct {
+	*testing.T
+	*Conn
+	peer, its *tcptest.Conn
+}
+
+// run runs f in a bubble of virtual time with a client that has just connected.
+func run(t *testing.T, f func(c *client)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		peer, its := tcptest.Pipe()
+		defer synctest.Wait()
+		defer its.Close()
+		defer peer.Close()
+		f(&client{t, New(its), peer, its})
+	})
+}
+
+// echo has a reader reply to each line with the line in brackets, until the line "close",
+// which is the last, or an error. The channel receives the error and is closed when the
+// connection is.
+func (c *client) echo() <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		defer close(done)
+		for {
+			line, err := c.ReadLine()
+			if err != nil {
+				done <- err
+				c.Conn.Close("")
+				return
+			}
+			if string(line) == "close" {
+				c.Conn.Close("closed")
+				return
+			}
+			fmt.Fprintf(c.Conn, "[%s]", line)
+		}
+	}()
+	return done
+}
+
+// send sends text, as far as it is read.
+func (c *client) send(text string) {
+	c.peer.SetWriteDeadline(time.Now().Add(time.Nanosecond))
+	io.WriteString(c.peer, text)
+	synctest.Wait()
+}
+
+// want is what the client receives if it reads everything that is written now.
+func (c *client) want(text string) {
+	c.Helper()
+	if received := c.receive(); received != text {
+		c.Fatalf("received %q, want %q", received, text)
+	}
+}
+
+func (c *client) receive() string {
+	var received []byte
+	for {
+		p := make([]byte, 4096)
+		c.peer.SetReadDeadline(time.Now().Add(time.Nanosecond))
+		n, err := c.peer.Read(p)
+		received = append(received, p[:n]...)
+		if err != nil {
+			return string(received)
+		}
+		synctest.Wait()
+	}
+}
+
+// announce enqueues the text and has it written by another goroutine.
+func (c *client) announce(text string) {
+	c.Enqueue(NewMessage([]byte(text)))
+	go c.Flush()
+	synctest.Wait()
+}
+
+func TestReadLine(t *testing.T) {
+	long := strings.Repeat("x", MaxLine)
+	for _, test := range []struct {
+		sent  string
+		lines string // joined with |
+		err   error
+	}{
+		{"", "", io.EOF},
+		{"a\nb\n", "a|b", io.EOF},
+		{"a\n\n", "a|", io.EOF},
+		{"a\nb", "a|b", io.EOF}, // the last line needs no end
+		{"a\n \n ", "a| | ", io.EOF},
+		{long + "\n" + long, long + "|" + long, io.EOF},
+		{long + long + "\n", long + "x", ErrLineTooLong},
+		{"a\n" + long + "y\nb\n", "a|" + long + "y", ErrLineTooLong},
+		{"a\nb\x03c\n", "a", ErrInterrupted},
+		{"a\nb\x04c\nd\n", "a|b", io.EOF},
+		{"a\n\x04b\n", "a", io.EOF},
+		{"a\rb\r\nc\r\x00d", "a|b|c|d", io.EOF},
+		{"7\x7f8\b9\n", "9", io.EOF},
+		{"\x7f", "", io.EOF},
+	} {
+		for cut := range len(test.sent) + 1 {
+			run(t, func(c *client) {
+				go func() {
+					io.WriteString(c.peer, test.sent[:cut])
+					io.WriteString(c.peer, test.sent[cut:])
+					c.peer.CloseWrite()
+				}()
+				var lines []string
+				line, err := c.ReadLine()
+				for ; err == nil; line, err = c.ReadLine() {
+					lines = append(lines, string(line))
+				}
+				if err == ErrLineTooLong {
+					lines = append(lines, string(line))
+				}
+				if got := strings.Join(lines, "|"); got != test.lines || err != test.err {
+					t.Errorf("%q cut at %d: read %q, %v, want %q, %v", test.sent, cut, got, err, test.lines, test.err)
+				}
+				if _, again := c.ReadLine(); test.err == io.EOF && again != io.EOF {
+					t.Errorf("%q cut at %d: after the end: %v", test.sent, cut, again)
+				}
+			})
+		}
+	}
+}
+
+// Lines are read while something is written to the client, until 64 replies wait.
+func TestReadsWhileWriting(t *testing.T) {
+	run(t, func(c *client) {
+		done := c.echo()
+		c.announce("<a long text>")
+		want := "<a long text>"
+		for i := range 64 {
+			c.send(fmt.Sprintf("%d\n", i))
+			want += fmt.Sprintf("[%d]", i)
+			if i%10 == 0 {
+				c.announce("<>") // which does not count
+				want += "<>"
+			}
+		}
+		sent := make(chan error)
+		go func() {
+			c.peer.SetWriteDeadline(time.Now().Add(time.Minute))
+			_, err := io.WriteString(c.peer, "65\n")
+			sent <- err
+		}()
+		synctest.Wait()
+		select {
+		case <-sent:
+			t.Error("a line was read while 64 replies wait")
+		default:
+		}
+		c.want(want + "[65]")
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+		c.peer.CloseWrite()
+		<-done
+	})
+	run(t, func(c *client) { // also if the lines come at once
+		c.echo()
+		c.announce("<a long text>")
+		c.peer.SetWriteDeadline(time.Now().Add(time.Second))
+		n, _ := io.WriteString(c.peer, strings.Repeat("\n", 1000))
+		if n < 64 || n > 64+len(c.input) {
+			t.Errorf("%d lines were read, want 64 and what is read ahead", n)
+		}
+		c.want("<a long text>" + strings.Repeat("[]", n))
+	})
+}
+
+// A reply comes before what was enqueued while its line was handled, and after what was
+// enqueued before, however the client sends and takes.
+func TestOrder(t *testing.T) {
+	for seed := range uint64(300) {
+		run(t, func(c *client) {
+			random := rand.New(rand.NewPCG(seed, 0))
+			var want strings.Builder
+			enqueued := 0
+			enqueue := func() string {
+				text := fmt.Sprintf("<%d>", enqueued)
+				enqueued++
+				c.Enqueue(NewMessage([]byte(text)))
+				go c.Flush()
+				runtime.Gosched()
+				return text
+			}
+			go func() {
+				for {
+					line, err := c.ReadLine()
+					if err != nil {
+						return
+					}
+					held := ""
+					for range random.IntN(3) {
+						held += enqueue()
+					}
+					fmt.Fprintf(c.Conn, "[%s]", line)
+					if random.IntN(2) == 0 {
+						held += enqueue()
+					}
+					fmt.Fprintf(&want, "[%s]%s", line, held)
+				}
+			}()
+			received := ""
+			for i := range 30 {
+				switch random.IntN(3) {
+				case 0:
+					text := ""
+					for j := range random.IntN(4) {
+						text += fmt.Sprintf("%d.%d\n", i, j)
+					}
+					c.send(text)
+				case 1:
+					want.WriteString(enqueue())
+					synctest.Wait()
+				case 2:
+					received += c.receive()
+				}
+			}
+			if received += c.receive(); received != want.String() {
+				t.Fatalf("seed %d: received %s\nwant %s", seed, received, &want)
+			}
+		})
+	}
+}
+
+// What waits for the reply to a line is written as soon as the reply is.
+func TestHeldIsWritten(t *testing.T) {
+	for _, ends := range []string{"b", "b\x04", ""} { // by another line, the end of the input, a Read
+		run(t, func(c *client) {
+			handled := make(chan struct{})
+			go func() {
+				c.ReadLine()
+				<-handled
+				c.Write([]byte("[a]"))
+				for err := error(nil); err == nil; {
+					_, err = c.ReadLine()
+				}
+			}()
+			c.send("a\n" + ends)
+			c.announce("<>")
+			c.want("")
+			close(handled)
+			synctest.Wait()
+			c.want("[a]<>")
+			c.announce("<>")
+			c.want("<>")
+		})
+	}
+}
+
+// 64 messages wait for a client beside the one that is being written. At the next it is
+// reset, but a droppable message is left out.
+func TestQueueIsBounded(t *testing.T) {
+	run(t, func(c *client) {
+		done := c.echo()
+		for range 1 + MaxQueue {
+			c.announce("<>")
+		}
+		c.send("a\n") // a reply does not count
+		c.Enqueue(NewDroppableMessage([]byte("dropped")))
+		if err := c.Err(); err != nil {
+			t.Fatal(err)
+		}
+		c.announce("<>")
+		if err := c.Err(); err != ErrQueueFull || !c.its.WasReset() {
+			t.Errorf("after %d messages: %v, reset: %v", 2+MaxQueue, err, c.its.WasReset())
+		}
+		if err := <-done; err != ErrQueueFull {
+			t.Errorf("ReadLine: %v", err)
+		}
+		<-done
+		c.announce("<>") // in vain
+	})
+	run(t, func(c *client) { // as many again when the first were taken
+		c.echo()
+		for range 3 {
+			for range 1 + MaxQueue {
+				c.announce("<>")
+			}
+			c.want(strings.Repeat("<>", 1+MaxQueue))
+		}
+		if err := c.Err(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Of the droppable messages one is queued or being written.
+func TestDroppable(t *testing.T) {
+	run(t, func(c *client) {
+		c.echo()
+		enqueue := func(text string) {
+			c.Enqueue(NewDroppableMessage([]byte(text), []byte(text)))
+			go c.Flush()
+			synctest.Wait()
+		}
+		enqueue("one")
+		enqueue("two")
+		c.announce("<>")
+		enqueue("three")
+		c.want("oneone<>")
+		enqueue("four")
+		c.want("fourfour")
+		c.announce("<>") // is being written
+		enqueue("five")  // waits
+		enqueue("six")
+		c.want("<>fivefive")
+	})
+}
+
+// A message's text is shared, but for pieces with a line end if the client needs \r\n.
+func TestMessageIsShared(t *testing.T) {
+	chain := []byte("[]")
+	m := NewMessage([]byte("\n"), chain, []byte("\n\n"))
+	if &m.text[1][0] != &chain[0] || &m.crlf[1][0] != &chain[0] {
+		t.Error("a piece without a line end was copied")
+	}
+	if got := string(bytes.Join(m.crlf, nil)); got != "\r\n[]\r\n\r\n" {
+		t.Errorf("with \\r\\n it is %q", got)
+	}
+}
+
+// A client that has sent a CR or a telnet command gets \r\n from the reply to that line on.
+func TestLineEnds(t *testing.T) {
+	for _, sent := range []string{"b\r", "\xff\xf1b\n", "b\xff\xfb\x01\n"} {
+		run(t, func(c *client) {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for {
+					line, err := c.ReadLine()
+					if err != nil {
+						c.Conn.Close("\nend\n")
+						return
+					}
+					fmt.Fprintf(c.Conn, "%s\n", line)
+				}
+			}()
+			c.send("a\na\n" + sent)
+			c.want("a\na\nb\r\n")
+			c.announce("\n<>\n")
+			c.want("\r\n<>\r\n")
+			c.send("c\n")
+			c.want("c\r\n")
+			c.peer.CloseWrite()
+			synctest.Wait()
+			c.want("\r\nend\r\n")
+			<-done
+		})
+	}
+	run(t, func(c *client) { // a prompt after the negotiation
+		c.echo()
+		c.send("\xff\xfb\x01")
+		c.announce("\n<>\n")
+		c.want("\r\n<>\r\n")
+	})
+}
+
+// Close writes what is queued, then the last line and nothing after it, and does not reset.
+func TestClose(t *testing.T) {
+	run(t, func(c *client) {
+		done := c.echo()
+		c.announce("<1>")
+		c.announce("<2>")
+		c.send("a\nclose\nb\n")
+		c.announce("<3>")
+		received := make([]byte, 100)
+		go func() {
+			n, _ := io.ReadFull(c.peer, received)
+			received = received[:n]
+			c.peer.Close()
+		}()
+		start := time.Now()
+		<-done
+		synctest.Wait()
+		if string(received) != "<1><2>[a]closed" {
+			t.Errorf("received %q", received)
+		}
+		if d := time.Since(start); d != 0 || c.its.WasReset() {
+			t.Errorf("closed after %v, reset: %v", d, c.its.WasReset())
+		}
+		if _, err := c.its.Read(received); err == nil || err == io.EOF {
+			t.Errorf("the connection is not closed: %v", err)
+		}
+	})
+	run(t, func(c *client) { // what came while the last line was handled is before it
+		go func() {
+			c.ReadLine()
+			c.Write([]byte("[a]"))
+			c.Enqueue(NewMessage([]byte("<>")))
+			c.Conn.Close("closed")
+		}()
+		c.send("a\n")
+		c.want("[a]<>closed")
+		time.Sleep(time.Second)
+	})
+}
+
+// After the last line a client that stays is waited for: for a second while it is silent,
+// for three in all. One that has closed already is not.
+func TestCloseWaits(t *testing.T) {
+	for name, test := range map[string]struct {
+		client func(c *client)
+		want   time.Duration
+	}{
+		"closes first": {func(c *client) { c.peer.CloseWrite() }, 0},
+		"is silent":    {func(c *client) {}, time.Second},
+		"sends once": {func(c *client) {
+			time.Sleep(900 * time.Millisecond)
+			c.send("x")
+		}, 1900 * time.Millisecond},
+		"sends, and closes": {func(c *client) {
+			time.Sleep(900 * time.Millisecond)
+			c.send(strings.Repeat("x", 10_000))
+			c.peer.CloseWrite()
+		}, 900 * time.Millisecond},
+		"goes on sending": {func(c *client) {
+			for range 10 {
+				time.Sleep(700 * time.Millisecond)
+				c.send("x")
+			}
+		}, 3 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(c *client) {
+				go io.Copy(io.Discard, c.peer)
+				start := time.Now()
+				var took time.Duration
+				var closing sync.WaitGroup
+				closing.Go(func() {
+					c.Conn.Close("closed")
+					took = time.Since(start)
+				})
+				test.client(c)
+				closing.Wait()
+				if took.Round(time.Millisecond) != test.want || c.its.WasReset() {
+					t.Errorf("closed after %v, reset: %v, want %v", took, c.its.WasReset(), test.want)
+				}
+			})
+		})
+	}
+}
+
+// Stop ends every wait of the reader, at once or, for a write, after the limit.
+func TestStop(t *testing.T) {
+	for name, before := range map[string]func(c *client){
+		"reading":                 func(c *client) {},
+		"waiting for the client":  func(c *client) { c.send(strings.Repeat("\n", 200)) },
+		"beside somebody writing": func(c *client) { c.announce("<>") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(c *client) {
+				done := c.echo()
+				before(c)
+				start := time.Now()
+				c.Stop(2 * time.Second)
+				if err := <-done; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != 0 {
+					t.Errorf("ReadLine: %v after %v", err, time.Since(start))
+				}
+				<-done
+				want := 2 * time.Second // what is written is not taken
+				if name == "reading" {
+					want = time.Second // it has nothing to write, and the client is silent
+				}
+				if d := time.Since(start); d != want || c.its.WasReset() != (name != "reading") {
+					t.Errorf("closed after %v, reset: %v, want %v", d, c.its.WasReset(), want)
+				}
+			})
+		})
+	}
+}
+
+// Whatever ends the connection is why it was reset, also to the reader.
+func TestReset(t *testing.T) {
+	why := errors.New("why")
+	run(t, func(c *client) {
+		done := c.echo()
+		c.Reset(why)
+		c.Reset(errors.New("later"))
+		if err := <-done; err != why || c.Err() != why || !c.its.WasReset() {
+			t.Errorf("ReadLine: %v, Err: %v, reset: %v", err, c.Err(), c.its.WasReset())
+		}
+	})
+	run(t, func(c *client) { // the reader waits for room
+		done := c.echo()
+		c.send(strings.Repeat("\n", 200))
+		c.Reset(why)
+		if err := <-done; err != why {
+			t.Errorf("ReadLine: %v", err)
+		}
+	})
+	run(t, func(c *client) { // the client takes nothing
+		done := c.echo()
+		c.announce("<>")
+		c.announce("<>")
+		if err := <-done; err != ErrTimeout || c.Err() != ErrTimeout {
+			t.Errorf("ReadLine: %v, Err: %v", err, c.Err())
+		}
+	})
+}
