@@ -41,6 +41,7 @@ const (
 type server struct {
 	lottery       *lottery
 	maxValidators int
+	maxStake      int // tokens, at most maxStake
 	log           *log.Logger
 
 	mu       sync.Mutex           // guards the following
@@ -62,6 +63,7 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 	return &server{
 		lottery:       lottery,
 		maxValidators: maxValidators,
+		maxStake:      maxStake,
 		log:           logger,
 		clients:       make(map[*client]struct{}),
 	}
@@ -120,6 +122,7 @@ func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 // refuse tells a client that there is no room for it.
 func (s *server) refuse(conn *lineconn.Conn) {
 	defer s.open.Done()
+	s.log.Printf("%v refused: server full", conn.RemoteAddr())
 	conn.Close("server full, try again later\n")
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,8 +185,10 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	case ctx.Err() != nil:
 		c.Close(shuttingDown)
 	case errors.As(err, &bad):
-		c.Close(fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", maxStake, bad))
+		s.log.Printf("%v refused: its token balance was %q", c.RemoteAddr(), string(bad))
+		c.Close(fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", s.maxStake, bad))
 	case errors.Is(err, os.ErrDeadlineExceeded):
+		s.log.Printf("%v refused: no token balance within %v", c.RemoteAddr(), balanceLimit)
 		c.Close(fmt.Sprintf("\nno token balance within %v\n", balanceLimit))
 	default:
 		c.Close("")
@@ -199,19 +204,26 @@ func (s *server) stake(c *client, line []byte) error {
 		io.WriteString(c, balancePrompt)
 		return nil
 	}
-	stake, err := parseNumber(line, 1, maxStake)
+	stake, err := parseNumber(line, 1, s.maxStake)
 	if err != nil {
 		return err
 	}
 	c.SetReadDeadline(time.Time{})
-	v, validators, tokens := s.lottery.join(int64(stake))
-	s.mu.Lock()
-	c.validator = v
-	s.mu.Unlock()
-	s.log.Printf("validator %s joins with %d tokens; validators: %d, tokens: %d", v.address, stake, validators, tokens)
+	v := s.join(c, int64(stake))
 	fmt.Fprintf(c, "validator %s stakes %d tokens\n"+
 		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n%s", v.address, stake, bpmPrompt)
 	return nil
+}
+
+// join makes the client a validator and logs it, one at a time, so that the log has the
+// numbers of validators and tokens in the order of its lines.
+func (s *server) join(c *client, stake int64) *validator {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, validators, tokens := s.lottery.join(stake)
+	c.validator = v
+	s.log.Printf("validator %s joins from %v with %d tokens; validators: %d, tokens: %d", v.address, c.RemoteAddr(), stake, validators, tokens)
+	return v
 }
 
 // handleBPMs serves a validator from its stake until it is removed.

@@ -267,7 +267,7 @@ func TestSession(t *testing.T) {
 			t.Fatalf("received %q", received)
 		}
 		c.address, c.stake = strings.Fields(received)[1], 100
-		ts.wantLog("validator " + c.address + " joins with 100 tokens; validators: 1, tokens: 100\n")
+		ts.wantLog("validator " + c.address + " joins from pipe with 100 tokens; validators: 1, tokens: 100\n")
 		c.send("\n")
 		c.want("\nEnter a new BPM:")
 
@@ -435,6 +435,7 @@ func TestNumbers(t *testing.T) {
 					}
 				} else {
 					c.wantClosed(fmt.Sprintf(badBalance, test.quote))
+					ts.wantLog("pipe refused: its token balance was " + test.quote + "\n")
 					ts.wantValidators(0, 0)
 				}
 			})
@@ -452,6 +453,66 @@ func TestNumbers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// MAX_STAKE is the most that a validator can stake.
+func TestMaxStake(t *testing.T) {
+	set := func(s *server) { s.maxStake = 500 }
+	runServerWith(t, set, func(ts *testServer) {
+		ts.join(500)
+		c := ts.connect()
+		c.send("501\n")
+		c.wantClosed("Enter token balance:token balance must be a whole number from 1 to 500, got \"501\"\n")
+		ts.wantValidators(1, 500)
+	})
+}
+
+// The numbers of validators and tokens are in the order of the lines, however many join
+// at once.
+func TestJoinsAreLoggedInOrder(t *testing.T) {
+	s := newServer(newLottery(newBlockchain(t), io.Discard, log.New(io.Discard, "", 0)), 1, nil)
+	var logged buffer
+	s.log = log.New(&logged, "", 0)
+	var joining sync.WaitGroup
+	for range 8 {
+		joining.Go(func() {
+			_, conn := tcptest.Pipe()
+			for range 500 {
+				s.join(&client{Conn: lineconn.New(conn)}, 1)
+			}
+		})
+	}
+	joining.Wait()
+	for i, match := range regexp.MustCompile("validators: (\\d+), tokens: (\\d+)\n").FindAllStringSubmatch(logged.take(), -1) {
+		if want := fmt.Sprint(i + 1); match[1] != want || match[2] != want {
+			t.Fatalf("line %d says %q", i+1, match[0])
+		}
+	}
+}
+
+// Terminals that need \r\n get it, in the same draw and broadcast in which others get \n.
+func TestLineEnds(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		winner, other := ts.join(1), ts.join(2)
+		var terminals []*testClient
+		for _, sent := range []string{"100\r\x00", "100\r\n", "\xff\xfb\x01100\n"} {
+			c := ts.connect()
+			c.send(sent)
+			if received := c.received.take(); strings.Count(received, "\r\n") != 3 || strings.Count(received, "\n") != 3 {
+				t.Errorf("after %q received %q", sent, received)
+			}
+			terminals = append(terminals, c)
+		}
+		winner.send("72\n")
+		winner.received.take()
+		ts.advance(time.Minute)
+		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		winner.want(winner.won(1) + chain)
+		other.want(winner.wins(1) + chain)
+		for _, c := range terminals {
+			c.want(strings.ReplaceAll(winner.wins(1)+chain, "\n", "\r\n"))
+		}
+	})
 }
 
 // A bad BPM takes the stake and the block with it, and only that validator's.
@@ -497,6 +558,7 @@ func TestNoBalance(t *testing.T) {
 		c.want("")
 		ts.advance(time.Millisecond)
 		c.wantClosed("\nno token balance within 10m0s\n")
+		ts.wantLog("pipe refused: no token balance within 10m0s\n")
 
 		staked := ts.join(100) // from then on there is no limit
 		ts.advance(24 * time.Hour)
@@ -610,6 +672,7 @@ func TestFull(t *testing.T) {
 		staked, unstaked := ts.join(100), ts.connect()
 		unstaked.want("Enter token balance:")
 		ts.connect().wantClosed(full)
+		ts.wantLog("pipe refused: server full\n")
 		unstaked.Close()
 		synctest.Wait()
 		second := ts.join(200)

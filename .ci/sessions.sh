@@ -79,10 +79,82 @@ plink_session() {
 	see plink 5 'Enter token balance:'
 	type_in plink 100
 	see plink 5 'stakes 100 tokens'
-	type_in plink 72
+	enter plink 7 3 BSpace 2
 	see plink 5 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
 	see plink 10 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
 	pass 'plink -telnet from joining to a winner'
+}
+
+# enter WINDOW KEYS types keys that are no line and then Enter, each as tmux names it.
+enter() {
+	local window=$1 key
+	shift
+	for key in "$@" Enter; do press "$window" "$key"; done
+}
+
+# bpm_of_block INDEX prints the BPM of a block in the chain's file.
+bpm_of_block() { sed -n "$(($1 + 1))p" "$work/typed.jsonl" | jq .BPM; }
+
+# wins WINDOW waits until the window's validator has won, and prints the block's index.
+wins() {
+	soon 10 shows "$1" 'winning validator: [0-9a-f]* (you)' || fail "$1 does not win"
+	screen "$1" | sed -n 's/.*block \([0-9]*\) proposed.*/\1/p' | tail -n 1
+}
+
+# What people type in the terminals that send each key, and in those that send lines.
+typed() {
+	serve typed "ROUND_INTERVAL=2s CHAIN_FILE='$work/typed.jsonl'"
+	local server=$group window block
+
+	window character "telnet localhost $port"
+	see character 5 'Enter token balance:'
+	press character C-]
+	see character 5 'telnet>'
+	type_in character 'mode character'
+	enter character 1 0 1 BSpace 0
+	see character 5 'stakes 100 tokens'
+	see character 5 '^Enter a new BPM:' # and not somewhere else in the line
+	enter character 7 3 BSpace Left 2
+	see character 5 'proposed with BPM 72:'
+	block=$(wins character)
+	[[ $(bpm_of_block "$block") == 72 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
+	see character 5 '^winning validator:'
+	pass 'telnet in character mode, from joining to winning, with typing errors corrected'
+
+	window raw "socat -,raw,echo=0 TCP:localhost:$port; echo it has ended"
+	see raw 5 'Enter token balance:'
+	enter raw 1 0 0
+	see raw 5 'stakes 100 tokens'
+	enter raw 9 9 C-u 7 4 Up
+	see raw 5 'proposed with BPM 74:'
+	block=$(wins raw)
+	[[ $(bpm_of_block "$block") == 74 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
+	see raw 5 '^winning validator:'
+	press raw C-c
+	see raw 5 'it has ended'
+	pass 'socat, whose terminal handles no key, from joining to Ctrl-C'
+
+	window arrow "nc localhost $port"
+	see arrow 5 'Enter token balance:'
+	type_in arrow 100
+	see arrow 5 'stakes 100 tokens'
+	enter arrow Up 7 5
+	see arrow 5 'proposed with BPM 75:'
+	wins arrow >/dev/null
+	pass 'an arrow key in nc costs nothing'
+
+	window end-of-input "telnet localhost $port; echo it has ended"
+	see end-of-input 5 'Enter token balance:'
+	type_in end-of-input 100
+	see end-of-input 5 'stakes 100 tokens'
+	type_in end-of-input 76
+	see end-of-input 5 'proposed with BPM 76:'
+	enter end-of-input C-d
+	wins end-of-input >/dev/null
+	see end-of-input 5 'it has ended'
+	! grep -q forfeits "$work/typed.log" || fail 'a key has cost a stake'
+	pass "Ctrl-D in telnet ends its input; it still hears of the round's winner"
+	interrupt "$server"
 }
 
 # proposer is a shell's text: a validator that proposes a block every PAUSE seconds
@@ -152,5 +224,6 @@ wait $!
 interrupted_telnet
 plink_session
 interrupt "$server"
+typed
 stopped_terminal
 less_that_waits

