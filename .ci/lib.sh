@@ -4,12 +4,14 @@
 
 work=$(mktemp -d)
 groups=()
+namespaces=()
 passed=0
 
 cleanup() {
-	local group
+	local group namespace
 	exec 2>/dev/null # bash would report each process that is killed
 	for group in "${groups[@]}"; do kill -KILL -- "-$group" || true; done
+	for namespace in "${namespaces[@]}"; do ip netns delete "$namespace" || true; done
 	tmux -S "$work/tmux" kill-server || true
 	rm -rf "$work"
 }

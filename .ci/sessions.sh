@@ -216,14 +216,16 @@ less_that_waits() {
 	pass "less holds up no draw: $(drawn less) blocks;$(sed -n 's/.*\( blocks left out.*\)/\1/p' "$work/less.log" | head -n 1)"
 }
 
-nc_and_telnet
-serve clients 'ROUND_INTERVAL=4s CHAIN_FILE='
-server=$group
-printf '1\n1\n' | nc -N localhost "$port" >/dev/null & # wins block 1
-wait $!
-interrupted_telnet
-plink_session
-interrupt "$server"
-typed
-stopped_terminal
-less_that_waits
+sessions() {
+	nc_and_telnet
+	serve clients 'ROUND_INTERVAL=4s CHAIN_FILE='
+	local server=$group
+	printf '1\n1\n' | nc -N localhost "$port" >/dev/null & # wins block 1
+	wait $!
+	interrupted_telnet
+	plink_session
+	interrupt "$server"
+	typed
+	stopped_terminal
+	less_that_waits
+}
