@@ -349,7 +349,7 @@ func TestEverybodyHears(t *testing.T) {
 		ts.advance(29 * time.Second)
 		proposer.want("")
 		ts.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
-		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:"
 		if !strings.Contains(chain, `"Index":2,`) {
 			t.Errorf("the chain is %s", chain)
 		}
@@ -385,7 +385,7 @@ func TestDrawComesFirst(t *testing.T) {
 
 func TestBroadcastBlocks(t *testing.T) {
 	set := func(s *server) {
-		s.lottery.broadcastBlocks = 2
+		s.lottery.chain.limit = 2
 		s.lottery.roundInterval = time.Second
 		s.lottery.broadcastInterval = 10 * time.Second
 	}
@@ -617,7 +617,7 @@ func TestHalfCloseBroadcast(t *testing.T) {
 		c := ts.join(100)
 		c.halfClose()
 		ts.advance(20 * time.Second)
-		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:")
+		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:")
 		ts.advance(10 * time.Second)
 		c.wantClosed("")
 	})
@@ -728,7 +728,7 @@ func TestStall(t *testing.T) {
 		c.halfClose()
 		ts.advance(time.Second)
 		ts.wantLog(" disconnects; its stake counts until the next draw\n")
-		ts.broadcast(ts.lottery.chain.latest(0))
+		ts.broadcast(ts.lottery.chain.latest())
 		ts.advance(11 * time.Second)
 		ts.advance(30 * time.Second)
 		ts.wantLog(" dropped: it took nothing for 10s\n")
@@ -811,7 +811,7 @@ func TestBehind(t *testing.T) {
 		for range 1 + maxQueue {
 			ts.server.announce(new(validator), 0)
 		}
-		ts.server.broadcast(ts.lottery.chain.latest(0)) // is left out
+		ts.server.broadcast(ts.lottery.chain.latest()) // is left out
 		s := ts.clients[0]
 		if len(s.queue) != maxQueue || s.err != nil {
 			t.Errorf("%d messages wait, %v, want %d", len(s.queue), s.err, maxQueue)
@@ -828,7 +828,7 @@ func TestBroadcastIsTheChains(t *testing.T) {
 		ts.server.announce(new(validator), 0) // and so this is being written
 		want := func(waiting int) {
 			t.Helper()
-			ts.server.broadcast(chain.latest(0))
+			ts.server.broadcast(chain.latest())
 			synctest.Wait()
 			if len(s.queue) != waiting {
 				t.Fatalf("%d messages wait, want %d", len(s.queue), waiting)
@@ -1028,12 +1028,12 @@ func TestStopWhileWriting(t *testing.T) {
 		c := ts.joinStalled()
 		c.halfClose()
 		synctest.Wait()
-		ts.broadcast(ts.lottery.chain.latest(0))
+		ts.broadcast(ts.lottery.chain.latest())
 		synctest.Wait()
 		go ts.stop()
 		synctest.Wait()
 		received, err := io.ReadAll(c)
-		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(0), nil), bpmPrompt)
+		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(), nil), bpmPrompt)
 		if string(received) != want || err != nil {
 			t.Errorf("received %q, %v, want %q", received, err, want)
 		}

@@ -103,7 +103,7 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	if err != nil {
 		return err
 	}
-	chain, err := openBlockchain(set.chainFile, logger)
+	chain, err := openBlockchain(set.chainFile, set.broadcastBlocks, logger)
 	if err != nil {
 		return fmt.Errorf("cannot use %q for CHAIN_FILE: %w", set.chainFile, err)
 	}
@@ -122,7 +122,6 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
-	lottery.broadcastBlocks = set.broadcastBlocks
 	server := newServer(lottery, set.maxValidators, logger)
 
 	// The server stops after the lottery, so that whatever is drawn is announced.
