@@ -44,9 +44,9 @@ func (b *Block) marshal() []byte {
 	return object
 }
 
-// parseBlock is the inverse of marshal. Its error says why the line, a newline at its end
-// left out, is not, byte for byte, what marshal returns for a block whose strings are plain.
-// index is the one that the block should have.
+// parseBlock is the inverse of marshal for a line with or without its newline, and for
+// blocks whose strings are plain. Its error says where the line differs from what marshal
+// returns for such a block. index is the one that the block should have.
 func parseBlock(line []byte, index int) (Block, error) {
 	text := bytes.TrimSuffix(line, []byte("\n"))
 	block := Block{Index: index}
@@ -242,8 +242,8 @@ var chunkBlocks = 10_000
 // how many of the newest blocks the method of that name returns; 0 is all.
 //
 // The file stays locked as long as it is open. It is refused, and left as it is,
-// if another server uses it or if it has a line that is no valid block, except
-// for a torn last line, which is dropped with a warning.
+// if another server uses it or if it has a line that is no valid block. Only a torn
+// last line is dropped, and the newline of a whole one is written; the log says so.
 func openBlockchain(name string, latest int, logger *log.Logger) (*Blockchain, error) {
 	c := &Blockchain{head: beforeGenesis, limit: cmp.Or(latest, math.MaxInt)}
 	if name == "" {

@@ -955,6 +955,7 @@ func TestPrecedence(t *testing.T) {
 		host:              "localhost",
 		roundInterval:     time.Second,
 		broadcastInterval: time.Minute,
+		broadcastBlocks:   100,
 		maxValidators:     10000,
 	}
 	if err != nil || got != want {
