@@ -775,8 +775,15 @@ func TestSyncDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := appendFile{openFile(t, filepath.Join(link, "chain.jsonl"))}
-	if err := file.SyncDir(); err != nil {
-		t.Error(err)
+	open := func() int { files, _ := os.ReadDir("/dev/fd"); return len(files) }
+	before := open()
+	for range 10 {
+		if err := file.SyncDir(); err != nil {
+			t.Error(err)
+		}
+	}
+	if after := open(); after > before {
+		t.Errorf("%d files are open, want %d as before", after, before)
 	}
 	os.RemoveAll(target)
 	if err := file.SyncDir(); !errors.Is(err, fs.ErrNotExist) {
