@@ -1120,7 +1120,7 @@ func FuzzOpen(f *testing.F) {
 
 // newLongChainFile returns the name and the size of a file with a chain of so many
 // blocks, written without a sync for each.
-func newLongChainFile(b *testing.B, blocks int) (name string, size int) {
+func newLongChainFile(b testing.TB, blocks int) (name string, size int) {
 	b.Helper()
 	name = filepath.Join(b.TempDir(), "chain.jsonl")
 	file, err := os.Create(name)
@@ -1139,6 +1139,25 @@ func newLongChainFile(b *testing.B, blocks int) (name string, size int) {
 		b.Fatal(err)
 	}
 	return name, size
+}
+
+// The program's memory does not grow with the chain unless a broadcast carries all of it.
+func TestMemory(t *testing.T) {
+	if _, err := os.Stat("/proc/self/status"); err != nil || raceEnabled() {
+		t.Skip("memory cannot be measured")
+	}
+	name, size := newLongChainFile(t, 100_000)
+	memory := func(setting string) int {
+		p := start(t, "CHAIN_FILE="+name, setting)
+		defer p.kill()
+		return p.memory("VmRSS")
+	}
+	if got := memory("BROADCAST_BLOCKS=100"); got > 30<<20 {
+		t.Errorf("with 100 blocks a broadcast the program takes %d bytes, want at most 30 MB", got)
+	}
+	if got := memory("BROADCAST_BLOCKS=0"); got < size {
+		t.Errorf("with the whole chain it takes %d bytes, the chain alone has %d", got, size)
+	}
 }
 
 // Opening a chain, beside what encoding/json and SHA-256 take for its lines.
