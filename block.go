@@ -138,7 +138,7 @@ func hashObject(object []byte) string {
 	start := bytes.Index(object, []byte(key)) + len(key)
 	end := start + bytes.IndexByte(object[start:], '"')
 	sum := sha256.Sum256(append(append(make([]byte, 0, maxBlock), object[:start]...), object[end:]...))
-	return hex.EncodeToString(sum[:])
+	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
 }
 
 // beforeGenesis stands for the block that the genesis block follows.
