@@ -785,6 +785,13 @@ func TestSyncDir(t *testing.T) {
 	if after := open(); after > before {
 		t.Errorf("%d files are open, want %d as before", after, before)
 	}
+	os.Chmod(target, 0o300)
+	if _, err := os.Open(target); err != nil { // root can open it
+		if err := file.SyncDir(); !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("of a directory that cannot be read: %v, want %v", err, fs.ErrPermission)
+		}
+	}
+	os.Chmod(target, 0o700)
 	os.RemoveAll(target)
 	if err := file.SyncDir(); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("without the target's directory: %v, want %v", err, fs.ErrNotExist)
