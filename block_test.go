@@ -298,6 +298,9 @@ func writeFile(t testing.TB, name string, text []byte) {
 // gives the same chain.
 func TestFileIsTheChain(t *testing.T) {
 	name, _ := newChainFile(t, 1)
+	if info, err := os.Stat(name); err != nil || info.Mode().Perm()&^0o644 != 0 {
+		t.Errorf("%v, the file has mode %v, want at most 0644", err, info.Mode())
+	}
 	c := open(t, name)
 	for range 10 {
 		appendBlock(t, c)
@@ -730,9 +733,6 @@ func TestOpenSyncs(t *testing.T) {
 	loaded("2 lines", "2 lines", "dir")
 	if again := readFile(t, name); !bytes.Equal(again, text) {
 		t.Errorf("the file has %q, want %q", again, text)
-	}
-	if info, err := os.Stat(name); err != nil || info.Mode().Perm()&^0o644 != 0 {
-		t.Errorf("%v, the file has mode %v, want at most 0644", err, info.Mode())
 	}
 }
 
