@@ -6,18 +6,18 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -38,52 +38,83 @@ type Block struct {
 // maxBlock is a length in bytes that no JSON object of a block exceeds.
 const maxBlock = 384
 
-// jsonParts is the text before, between and after the six values of a block's
-// JSON object.
-var jsonParts = [...]string{`{"Index":`, `,"Timestamp":"`, `","BPM":`,
-	`,"Hash":"`, `","PrevHash":"`, `","Validator":"`, `"}`}
-
-// appendJSON appends the block's compact JSON object, the same bytes that
-// encoding/json gives, since no string in a block holds anything to escape.
-func (b Block) appendJSON(dst []byte) []byte {
-	for i, value := range [...]string{strconv.Itoa(b.Index), b.Timestamp,
-		strconv.Itoa(b.BPM), b.Hash, b.PrevHash, b.Validator} {
-		dst = append(append(dst, jsonParts[i]...), value...)
-	}
-	return append(dst, jsonParts[len(jsonParts)-1]...)
+// marshal returns the block's compact JSON object.
+func (b *Block) marshal() []byte {
+	object, _ := json.Marshal(b) // never fails
+	return object
 }
 
-// parseBlock is the inverse of appendJSON. Its error says why object is not, byte
-// for byte, what appendJSON writes. The block's strings are parts of object.
-func parseBlock(object string) (Block, error) {
-	if object == "" {
-		return Block{}, errors.New("it is empty")
+// parseBlock is the inverse of marshal for a line with or without its newline, and for
+// blocks whose strings are plain. Its error says where the line differs from what marshal
+// returns for such a block. index is the one that the block should have.
+func parseBlock(line []byte, index int) (Block, error) {
+	text := bytes.TrimSuffix(line, []byte("\n"))
+	block := Block{Index: index}
+	err := json.Unmarshal(line[:min(len(line), maxBlock+1)], &block)
+	object, foreign := block.marshal(), block.checkStrings()
+	if err == nil && foreign == nil && bytes.Equal(text, object) {
+		return block, nil
 	}
-	var values [len(jsonParts)]string // values[i] is the text before jsonParts[i]
-	rest := object
-	for i, part := range jsonParts {
-		var found bool
-		if values[i], rest, found = strings.Cut(rest, part); !found {
-			return Block{}, fmt.Errorf("it has no %s and is no block: %s", part, quote(object))
+	start := blockStart(block.Index)
+	var syntax *json.SyntaxError
+	var wrongType *json.UnmarshalTypeError
+	switch {
+	case len(text) == 0:
+		err = errors.New("it is empty")
+	case slices.ContainsFunc([]string{"\xef\xbb\xbf", "\xff\xfe", "\xfe\xff"}, func(mark string) bool { return bytes.HasPrefix(text, []byte(mark)) }):
+		err = errors.New("it begins with a byte order mark; save the file as UTF-8 without one")
+	case bytes.Contains(text, []byte("}\r")):
+		err = errors.New("it ends with a carriage return; save it with Unix line ends (LF)")
+	case text[0] == '[':
+		err = errors.New("it begins a JSON array; write each block on a line of its own, as jq -c '.[]' does")
+	case !bytes.HasPrefix(text, start):
+		err = difference(text, start)
+	case errors.As(err, &syntax):
+		err = fmt.Errorf("from byte %d on it reads %s, but a block is one JSON object of at most %d bytes", syntax.Offset, quote(text[syntax.Offset-1:]), maxBlock)
+	case errors.As(err, &wrongType):
+		err = fmt.Errorf("its %s must be of type %v, not %s", wrongType.Field, wrongType.Type, wrongType.Value)
+	default:
+		err = cmp.Or(foreign, difference(text, object))
+	}
+	return Block{}, err
+}
+
+// blockStart returns how the JSON object of the block with this index begins.
+func blockStart(index int) []byte {
+	return fmt.Appendf(nil, `{"Index":%d,"Timestamp":"`, index)
+}
+
+// difference returns an error that says where a line first differs from what it should be.
+func difference(line, should []byte) error {
+	same := 0
+	for same < min(len(line), len(should)) && line[same] == should[same] {
+		same++
+	}
+	return fmt.Errorf("from byte %d on it reads %s where it should read %s", same+1, quote(line[same:]), quote(should[same:]))
+}
+
+// quote returns the first 64 bytes of text in quotes, in visible ASCII characters.
+func quote[text string | []byte](s text) string {
+	if len(s) == 0 {
+		return "nothing"
+	}
+	return strconv.QuoteToASCII(string(s[:min(len(s), 64)]))
+}
+
+// checkStrings returns an error if one of the block's strings is not plain. Plain ones
+// need no escapes in JSON and are safe to print on a terminal.
+func (b *Block) checkStrings() error {
+	for i, value := range [...]string{b.Timestamp, b.Hash, b.PrevHash, b.Validator} {
+		plain := len(value) <= 64
+		for j := range len(value) {
+			plain = plain && plainBytes[value[j]]
+		}
+		if !plain {
+			key := [...]string{"Timestamp", "Hash", "PrevHash", "Validator"}[i]
+			return fmt.Errorf("its %s is not at most 64 letters, digits, or any of :.+- but %s", key, quote(value))
 		}
 	}
-	block := Block{Timestamp: values[2], Hash: values[4], PrevHash: values[5], Validator: values[6]}
-	var err error
-	if block.Index, err = strconv.Atoi(values[1]); err != nil {
-		return Block{}, fmt.Errorf("its Index is no whole number: %s", quote(values[1]))
-	}
-	if block.BPM, err = strconv.Atoi(values[3]); err != nil {
-		return Block{}, fmt.Errorf("its BPM is no whole number: %s", quote(values[3]))
-	}
-	for i, key := range [...]string{2: "Timestamp", 4: "Hash", 5: "PrevHash", 6: "Validator"} {
-		if key != "" && !isPlain(values[i]) {
-			return Block{}, fmt.Errorf("its %s is not at most 64 letters, digits, or any of :.+- but %s", key, quote(values[i]))
-		}
-	}
-	if written := block.appendJSON(make([]byte, 0, maxBlock)); string(written) != object {
-		return Block{}, fmt.Errorf("it should read %s", string(written))
-	}
-	return block, nil
+	return nil
 }
 
 // plainBytes holds true for each byte that times, hashes and addresses consist of.
@@ -94,28 +125,19 @@ var plainBytes = func() (plain [256]bool) {
 	return
 }()
 
-// isPlain reports whether s has at most 64 bytes, all of them plain. Such a string
-// needs no escapes in JSON and is safe to print on a terminal.
-func isPlain(s string) bool {
-	for i := range len(s) {
-		if !plainBytes[s[i]] {
-			return false
-		}
-	}
-	return len(s) <= 64
-}
-
-// quote returns the first 64 bytes of s in quotes, without control characters.
-func quote(s string) string {
-	return strconv.Quote(s[:min(len(s), 64)])
-}
-
 // calculateBlockHash returns the hexadecimal SHA-256 of the block's JSON object
 // with an empty Hash. It covers every other field, and the object's keys keep
 // them apart.
 func calculateBlockHash(block Block) string {
-	block.Hash = ""
-	sum := sha256.Sum256(block.appendJSON(make([]byte, 0, maxBlock)))
+	return hashObject(block.marshal())
+}
+
+// hashObject returns calculateBlockHash of the block with this JSON object.
+func hashObject(object []byte) string {
+	const key = `"Hash":"`
+	start := bytes.Index(object, []byte(key)) + len(key)
+	end := start + bytes.IndexByte(object[start:], '"')
+	sum := sha256.Sum256(append(append(make([]byte, 0, maxBlock), object[:start]...), object[end:]...))
 	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
 }
 
@@ -136,9 +158,9 @@ func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) 
 	return newBlock
 }
 
-// validateBlock returns nil if newBlock can follow oldBlock, or else an error that
-// says why it cannot.
-func validateBlock(newBlock, oldBlock Block) error {
+// validateBlock returns nil if newBlock, whose JSON object is given, can follow oldBlock,
+// or else an error that says why it cannot.
+func validateBlock(newBlock Block, object []byte, oldBlock Block) error {
 	if newBlock.Index != oldBlock.Index+1 {
 		return fmt.Errorf("block %d stands where block %d belongs", newBlock.Index, oldBlock.Index+1)
 	}
@@ -149,31 +171,36 @@ func validateBlock(newBlock, oldBlock Block) error {
 		return fmt.Errorf("block %d does not follow: its PrevHash is %s, the Hash of block %d is %s",
 			newBlock.Index, cmp.Or(newBlock.PrevHash, "empty"), oldBlock.Index, oldBlock.Hash)
 	}
-	if hash := calculateBlockHash(newBlock); newBlock.Hash != hash {
+	if hash := hashObject(object); newBlock.Hash != hash {
 		return fmt.Errorf("block %d was changed: its contents hash to %s, its Hash says %s",
 			newBlock.Index, hash, cmp.Or(newBlock.Hash, "nothing"))
 	}
 	return nil
 }
 
-// A Blockchain is an append-only list of blocks. It holds them as the JSON that is
-// broadcast and, unless it is in memory only, in a file with one block a line.
+// A Blockchain is an append-only list of blocks. It holds the newest of them as the
+// JSON that is broadcast and, unless it is in memory only, all of them in a file with
+// one block a line.
 //
 // Only one goroutine may use it. What latest returned may be read by others at any
 // time, since bytes once written never change or move.
 type Blockchain struct {
 	head   Block     // the newest block
-	chunks [][]byte  // the blocks' JSON objects, a comma after each; none is split over two chunks
+	limit  int       // of blocks in chunks
+	chunks [][]byte  // their JSON objects, a comma after each; none is split over two chunks
+	start  int       // of the oldest of them in the first chunk
 	file   chainFile // nil if the chain is in memory only
-	size   int64     // of the file, in bytes
+	size   int64     // of the blocks in the file, in bytes
+	tail   int64     // bytes in the file after them, which a failed write has left
 }
 
 // A chainFile is what a Blockchain needs of an os.File that is open for appending.
 type chainFile interface {
+	io.ReadWriter
 	Name() string
 	Stat() (fs.FileInfo, error)
-	Write([]byte) (int, error)
 	Sync() error
+	SyncDir() error // makes the file's name survive a power cut
 	Truncate(size int64) error
 }
 
@@ -183,29 +210,42 @@ type appendFile struct{ *os.File }
 
 func (f appendFile) Truncate(size int64) error { return os.Truncate(f.Name(), size) }
 
+func (f appendFile) SyncDir() error {
+	if runtime.GOOS == "windows" {
+		return nil // it cannot sync directories
+	}
+	name, err := filepath.EvalSymlinks(f.Name())
+	if err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
 // errChainLost is wrapped by errors after which no block can be appended any more,
 // because the chain's file is in a state that the chain does not know.
 var errChainLost = errors.New("the chain cannot go on")
 
-// chunkSize is the capacity of a chunk in bytes. If the chain were one slice,
-// growing it would copy it, and readers would keep the older copies in memory. A
-// broadcast writes each chunk separately, so small chunks would slow it down. Tests
-// use smaller ones.
-var chunkSize = 4 << 20
-
-// fsync makes what was written to a file, or the names in a directory, survive a
-// power cut. Tests replace it.
-var fsync = chainFile.Sync
+// chunkBlocks is how many blocks a chunk has room for at least, if the limit is not
+// lower. If the chain were one slice, growing it would copy it, and readers would keep
+// the older copies in memory. A broadcast writes each chunk separately, so small chunks
+// would slow it down. Tests use smaller ones.
+var chunkBlocks = 10_000
 
 // openBlockchain returns the chain in the named file. If there is no such file, or
 // it is empty, it returns a new chain and keeps it there. Without a name the chain
-// is in memory only. When openBlockchain returns, all blocks are on disk.
+// is in memory only. When openBlockchain returns, all blocks are on disk. latest is
+// how many of the newest blocks the method of that name returns; 0 is all.
 //
 // The file stays locked as long as it is open. It is refused, and left as it is,
-// if another server uses it or if it has a line that is no valid block, except
-// for a torn last line, which is dropped with a warning.
-func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
-	c := &Blockchain{head: beforeGenesis}
+// if another server uses it or if it has a line that is no valid block. Only a torn
+// last line is dropped, and the newline of a whole one is written; the log says so.
+func openBlockchain(name string, latest int, logger *log.Logger) (*Blockchain, error) {
+	c := &Blockchain{head: beforeGenesis, limit: cmp.Or(latest, math.MaxInt)}
 	if name == "" {
 		return c, c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
 	}
@@ -213,7 +253,12 @@ func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.load(file, logger); err != nil {
+	if !filelock.TryLock(file) {
+		err = errors.New("another server uses it; give each its own")
+	} else {
+		err = c.load(appendFile{file}, logger)
+	}
+	if err != nil {
 		file.Close()
 		return nil, err
 	}
@@ -221,10 +266,7 @@ func openBlockchain(name string, logger *log.Logger) (*Blockchain, error) {
 }
 
 // load loads the chain from the file, as openBlockchain documents.
-func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
-	if !filelock.TryLock(file) {
-		return errors.New("another server uses it; give each its own")
-	}
+func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 	info, err := file.Stat()
 	if err != nil {
 		return err
@@ -232,124 +274,134 @@ func (c *Blockchain) load(file *os.File, logger *log.Logger) error {
 	if !info.Mode().IsRegular() {
 		return errors.New("it is not a regular file")
 	}
-	c.file = appendFile{file}
-	if err := c.readBlocks(file, info.Size(), logger); err != nil {
+	c.file = file
+	if err := c.readBlocks(info.Size(), logger); err != nil {
 		return err
 	}
 	if c.head == beforeGenesis {
 		err = c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
 	} else {
-		err = fsync(file) // a server that crashed may have written a block without syncing it
+		err = file.Sync() // a server that crashed may have written a block without syncing it
 	}
 	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(file.Name()))
+	if err := file.SyncDir(); err != nil {
+		logger.Printf("warning: cannot sync the directory of %s, so a power cut may lose a new file: %v", file.Name(), err)
+	}
+	return nil
 }
 
-// readBlocks reads the blocks in the file of size bytes and drops a torn last line.
-func (c *Blockchain) readBlocks(file *os.File, size int64, logger *log.Logger) error {
-	lines := bufio.NewReaderSize(file, 64<<10)
+// readBlocks reads the blocks in the file of size bytes. It drops a torn last line and
+// writes the newline that a whole one lacks.
+func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
+	lines := bufio.NewReaderSize(c.file, 64<<10)
 	for c.size < size {
 		line, err := lines.ReadSlice('\n')
 		if err != nil && err != io.EOF && err != bufio.ErrBufferFull { // a line that fills the buffer is no block
 			return err
 		}
-		next := c.head.Index + 1
-		if c.size+int64(len(line)) == size && isTorn(line, next) {
+		index := c.head.Index + 1
+		object, whole := bytes.CutSuffix(line, []byte("\n"))
+		block, err := parseBlock(line, index)
+		if err == nil {
+			err = validateBlock(block, object, c.head)
+		}
+		switch {
+		case err == nil:
+			c.add(block, object)
+			c.size += int64(len(line))
+			if !whole {
+				if err := c.write([]byte("\n")); err != nil {
+					return err
+				}
+				logger.Printf("%s: block %d, the last line, had no newline; it was written", c.file.Name(), index)
+			}
+		case c.size+int64(len(line)) == size && isTorn(line, index):
 			if err := c.file.Truncate(c.size); err != nil {
 				return err
 			}
 			logger.Printf("%s: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced",
-				file.Name(), len(line))
+				c.file.Name(), len(line))
 			return nil
+		default:
+			return fmt.Errorf("line %d: %w", index+1, err)
 		}
-		object := c.add(bytes.TrimSuffix(line, []byte("\n")))
-		block, err := parseBlock(string(object))
-		if err == nil {
-			err = validateBlock(block, c.head)
-		}
-		if err != nil {
-			return fmt.Errorf("line %d: %w", next+1, err)
-		}
-		c.head = block
-		c.size += int64(len(line))
 	}
 	return nil
 }
 
-// isTorn reports whether line, the last one in a file, may be what a crash has left
-// of the block with the given index: some of its pages never reached the disk, so
-// the line is cut off or has zero bytes instead.
+// isTorn reports whether line, the last one in a file and no valid block, may be what a
+// crash has left of the block with the given index: some of its pages never reached the
+// disk, so the line is cut off or has zero bytes instead.
 func isTorn(line []byte, index int) bool {
 	text, whole := bytes.CutSuffix(line, []byte("\n"))
-	if len(text) > maxBlock || whole && bytes.IndexByte(text, 0) < 0 {
+	if len(text) > maxBlock || whole && bytes.IndexByte(text, 0) < 0 || !whole && bytes.HasSuffix(text, []byte("}\r")) {
 		return false
 	}
-	start := fmt.Appendf(nil, `{"Index":%d,"Timestamp":"`, index)
+	start := blockStart(index)
 	written := bytes.TrimRight(text, "\x00")
-	if bytes.HasPrefix(written, start) || bytes.HasPrefix(start, written) {
+	if len(written) > 0 && (bytes.HasPrefix(written, start) || bytes.HasPrefix(start, written)) {
 		return true
 	}
-	// Or the page with its beginning is missing, and the next one reached the disk.
+	// Or the page with its beginning is missing, and perhaps the next one reached the disk.
+	// A file that begins with zero bytes is no chain.
 	written = bytes.TrimLeft(text, "\x00")
 	missing := min(len(text)-len(written), len(start))
-	return whole && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`))
-}
-
-// syncDir makes the names of new files in the directory survive a power cut, as
-// far as the system and the file system can do that.
-func syncDir(name string) error {
-	if runtime.GOOS == "windows" {
-		return nil // it cannot sync directories
-	}
-	dir, err := os.Open(name)
-	if err != nil {
-		return nil // a file in it can be used even if the directory cannot be read
-	}
-	defer dir.Close()
-	err = fsync(dir)
-	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
-		return nil // as on some network file systems
-	}
-	return err
+	return index > 0 && (len(written) == 0 ||
+		whole && bytes.HasPrefix(written, start[missing:]) && bytes.HasSuffix(written, []byte(`"}`)))
 }
 
 // append adds a block that is valid on top of the head. When it returns nil the
 // block is on disk. When it returns an error the chain and its file are as before,
-// unless the error wraps errChainLost.
+// unless the error wraps errChainLost or the file system has become read-only: then the
+// next append first removes what is left of the block in the file.
 func (c *Blockchain) append(block Block) error {
-	if err := validateBlock(block, c.head); err != nil {
+	object := block.marshal()
+	if err := validateBlock(block, object, c.head); err != nil {
 		return err
 	}
-	line := append(block.appendJSON(make([]byte, 0, maxBlock)), '\n')
 	if c.file != nil {
-		if err := c.write(line); err != nil {
+		if err := c.write(append(object, '\n')); err != nil {
 			return err
 		}
 	}
-	c.add(line[:len(line)-1])
-	c.head = block
+	c.add(block, object)
 	return nil
 }
 
-// write appends a line to the file and syncs it. Its error means what that of append means.
-func (c *Blockchain) write(line []byte) error {
+// write appends text to the file and syncs it. Its error means what that of append means.
+func (c *Blockchain) write(text []byte) error {
 	if err := c.checkFile(); err != nil {
 		return fmt.Errorf("%w: %w", errChainLost, err)
 	}
-	_, err := c.file.Write(line)
+	if err := c.removeTail(); err != nil {
+		return err
+	}
+	n, err := c.file.Write(text)
 	if err == nil {
-		err = fsync(c.file)
+		err = c.file.Sync()
 	}
 	if err == nil {
-		c.size += int64(len(line))
+		c.size += int64(n)
 		return nil
 	}
-	// The truncation need not be synced: if a crash undoes it, the file ends with a
-	// torn line or with a block that was not announced.
-	if failed := c.file.Truncate(c.size); failed != nil {
+	c.tail = int64(n)
+	if failed := c.removeTail(); failed != nil && !errors.Is(failed, syscall.EROFS) {
 		return fmt.Errorf("%w: writing a block failed (%w), and so did removing what was written of it (%w)", errChainLost, err, failed)
+	}
+	return err
+}
+
+// removeTail removes what a failed write has left in the file. This need not be synced: if
+// a crash undoes it, the file ends with a torn line or with a block that was not announced.
+func (c *Blockchain) removeTail() error {
+	if c.tail == 0 {
+		return nil
+	}
+	err := c.file.Truncate(c.size)
+	if err == nil {
+		c.tail = 0
 	}
 	return err
 }
@@ -357,7 +409,7 @@ func (c *Blockchain) write(line []byte) error {
 // checkFile returns an error if something else has deleted or replaced the file, or
 // changed its size.
 func (c *Blockchain) checkFile() error {
-	name := c.file.Name()
+	name, size := c.file.Name(), c.size+c.tail
 	opened, err := c.file.Stat()
 	if err != nil {
 		return err
@@ -370,47 +422,38 @@ func (c *Blockchain) checkFile() error {
 		return err
 	case !os.SameFile(opened, named):
 		return fmt.Errorf("%s was replaced by another file while the server ran", name)
-	case opened.Size() > c.size:
-		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, c.size, opened.Size())
-	case opened.Size() < c.size:
-		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, c.size, opened.Size())
+	case opened.Size() > size:
+		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
+	case opened.Size() < size:
+		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
 	}
 	return nil
 }
 
-// add appends a JSON object to the chunks and returns the copy there.
-func (c *Blockchain) add(object []byte) []byte {
+// add makes the block the head and appends its JSON object to the chunks, in place of
+// the oldest one if they would have more than the limit.
+func (c *Blockchain) add(block Block, object []byte) {
 	last := len(c.chunks) - 1
 	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
-		c.chunks = append(c.chunks, make([]byte, 0, chunkSize))
+		c.chunks = append(c.chunks, make([]byte, 0, min(c.limit, chunkBlocks)*(maxBlock+len(","))))
 		last++
-		// By default Go collects garbage when there is as much of it as of the chain. Chunks
-		// have no pointers, so collecting it after 32 MB already costs little.
-		if os.Getenv("GOGC") == "" {
-			debug.SetGCPercent(min(100, max(10, 100*(32<<20)/(len(c.chunks)*chunkSize))))
-		}
 	}
-	start := len(c.chunks[last])
 	c.chunks[last] = append(append(c.chunks[last], object...), ',')
-	return c.chunks[last][start : start+len(object)]
+	c.head = block
+	if block.Index < c.limit {
+		return
+	}
+	c.start += bytes.IndexByte(c.chunks[0][c.start:], '}') + len("},")
+	if c.start == len(c.chunks[0]) {
+		c.chunks, c.start = slices.Delete(c.chunks, 0, 1), 0
+	}
 }
 
-// latest returns the JSON objects of the newest count blocks, or of all blocks if
-// count is 0 or more than there are. The pieces together are one text, with commas
-// between the objects.
-func (c *Blockchain) latest(count int) [][]byte {
-	first, start := 0, 0
-	if count > 0 && count <= c.head.Index {
-		for first = len(c.chunks); count > 0; count-- {
-			if start == 0 {
-				first--
-				start = len(c.chunks[first])
-			}
-			start = bytes.LastIndexByte(c.chunks[first][:start], '{')
-		}
-	}
-	pieces := slices.Clone(c.chunks[first:])
-	pieces[0] = pieces[0][start:]
+// latest returns the JSON objects of the newest blocks, as many as openBlockchain was
+// told. The pieces together are one text, with commas between the objects.
+func (c *Blockchain) latest() [][]byte {
+	pieces := slices.Clone(c.chunks)
+	pieces[0] = pieces[0][c.start:]
 	end := &pieces[len(pieces)-1]
 	*end = (*end)[:len(*end)-1]
 	return pieces

@@ -306,7 +306,7 @@ func TestEverybodyHears(t *testing.T) {
 		ts.advance(29 * time.Second)
 		proposer.want("")
 		ts.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
-		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:"
 		if !strings.Contains(chain, `"Index":2,`) {
 			t.Errorf("the chain is %s", chain)
 		}
@@ -342,7 +342,7 @@ func TestDrawComesFirst(t *testing.T) {
 
 func TestBroadcastBlocks(t *testing.T) {
 	set := func(s *server) {
-		s.lottery.broadcastBlocks = 2
+		s.lottery.chain.limit = 2
 		s.lottery.roundInterval = time.Second
 		s.lottery.broadcastInterval = 10 * time.Second
 	}
@@ -506,7 +506,7 @@ func TestLineEnds(t *testing.T) {
 		winner.send("72\n")
 		winner.received.take()
 		ts.advance(time.Minute)
-		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:"
+		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:"
 		winner.want(winner.won(1) + chain)
 		other.want(winner.wins(1) + chain)
 		for _, c := range terminals {
@@ -634,7 +634,7 @@ func TestHalfCloseBroadcast(t *testing.T) {
 		c := ts.join(100)
 		c.halfClose()
 		ts.advance(20 * time.Second)
-		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(0), nil)) + "]\n\nEnter a new BPM:")
+		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:")
 		ts.advance(10 * time.Second)
 		c.wantClosed("")
 	})
@@ -1063,12 +1063,12 @@ func TestStopWhileWriting(t *testing.T) {
 		c := ts.joinStalled()
 		c.halfClose()
 		synctest.Wait()
-		ts.broadcast(ts.lottery.chain.latest(0))
+		ts.broadcast(ts.lottery.chain.latest())
 		synctest.Wait()
 		go ts.stop()
 		synctest.Wait()
 		received, err := io.ReadAll(c)
-		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(0), nil), bpmPrompt)
+		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(), nil), bpmPrompt)
 		if string(received) != want || err != nil {
 			t.Errorf("received %q, %v, want %q", received, err, want)
 		}

@@ -99,7 +99,6 @@ type announcer interface {
 type lottery struct {
 	roundInterval     time.Duration // between two draws
 	broadcastInterval time.Duration // between two broadcasts
-	broadcastBlocks   int           // in a broadcast; 0 is the whole chain
 	stdout            io.Writer     // gets each block of the chain as spew.Dump prints it
 	log               *log.Logger
 	chain             *Blockchain // run alone uses it
@@ -219,7 +218,7 @@ func (l *lottery) run(ctx context.Context, to announcer) error {
 				}
 			default:
 			}
-			to.broadcast(l.chain.latest(l.broadcastBlocks))
+			to.broadcast(l.chain.latest())
 		}
 	}
 }

@@ -116,7 +116,7 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	if err != nil {
 		return err
 	}
-	chain, err := openBlockchain(set.chainFile, logger)
+	chain, err := openBlockchain(set.chainFile, set.broadcastBlocks, logger)
 	if err != nil {
 		return fmt.Errorf("cannot use %q for CHAIN_FILE: %w", set.chainFile, err)
 	}
@@ -135,7 +135,6 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
-	lottery.broadcastBlocks = set.broadcastBlocks
 	return serve(ctx, lottery, newServer(lottery, set.maxValidators, logger), listener)
 }
 
