@@ -70,7 +70,7 @@ interrupt() {
 }
 
 # listening LOG prints the port that the server with this log listens on.
-listening() { sed -n 's/.* listening on .*:\([0-9]*\);.*/\1/p' "$1" 2>/dev/null | tail -n 1 | grep .; }
+listening() { sed -n 's/.* listening on [^;]*:\([0-9]*\);.*/\1/p' "$1" 2>/dev/null | tail -n 1 | grep .; }
 
 # window NAME COMMAND types the command into a new terminal. NAME.raw is what it shows.
 window() {
