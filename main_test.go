@@ -1150,54 +1150,57 @@ func TestHost(t *testing.T) {
 		{"::1", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
 		{"[::1]", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
 	} {
-		if strings.Contains(test.want, "[::") {
-			if listener, err := net.Listen("tcp", "[::1]:0"); err != nil {
-				t.Logf("HOST=%s is not tried: %v", test.setting, err)
-				continue
-			} else {
+		t.Run("HOST="+test.setting, func(t *testing.T) {
+			t.Parallel()
+			if strings.Contains(test.want, "[::") {
+				listener, err := net.Listen("tcp", "[::1]:0")
+				if err != nil {
+					t.Skip(err)
+				}
 				listener.Close()
 			}
-		}
-		cmd := program(t, "PORT=0", "CHAIN_FILE=")
-		writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte("HOST="+test.setting+"\n"))
-		stderr, err := cmd.StderrPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		log := bufio.NewReader(stderr)
-		line, _ := log.ReadString('\n')
-		port, _ := strconv.Atoi(regexp.MustCompile(`:(\d+);`).FindStringSubmatch(line + ":0;")[1])
-		if want := fmt.Sprintf(test.want, port, port); !strings.HasSuffix(line, " "+want) {
-			t.Errorf("HOST=%s: logged %q, want %q", test.setting, line, want)
-		}
-		others := readUntil(t, log, "the chain is in memory only")
-		if match := regexp.MustCompile(`nc (\S+) `).FindStringSubmatch(line); match == nil {
-			t.Errorf("HOST=%s: no command in %q", test.setting, line)
-		} else if conn, err := net.Dial("tcp", net.JoinHostPort(match[1], strconv.Itoa(port))); err != nil {
-			t.Errorf("HOST=%s: the command in the log does not join: %v", test.setting, err)
-		} else {
-			conn.Close()
-		}
-		everywhere := test.setting == "" || test.setting == "0.0.0.0" || test.setting == "::"
-		if !everywhere && strings.Contains(others, "from other machines") {
-			t.Errorf("HOST=%s: logged %s", test.setting, others)
-		}
-		for _, match := range regexp.MustCompile(`from other machines: nc (\S+) (\d+)\n`).FindAllStringSubmatch(others, -1) {
-			conn, err := net.Dial("tcp4", match[1]+":"+match[2])
+			cmd := program(t, "PORT=0", "CHAIN_FILE=")
+			writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte("HOST="+test.setting+"\n"))
+			stderr, err := cmd.StderrPipe()
 			if err != nil {
-				t.Errorf("HOST=%s: %v", test.setting, err)
-				continue
+				t.Fatal(err)
 			}
-			conn.Close()
-		}
-		cmd.Process.Signal(syscall.SIGTERM)
-		io.Copy(io.Discard, log)
-		if err := cmd.Wait(); err != nil {
-			t.Error(err)
-		}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			log := bufio.NewReader(stderr)
+			line, _ := log.ReadString('\n')
+			command := regexp.MustCompile(`join with: nc (\S+) (\d+)`).FindStringSubmatch(line)
+			if command == nil {
+				t.Fatalf("logged %q", line)
+			}
+			port, _ := strconv.Atoi(command[2])
+			if want := fmt.Sprintf(test.want, port, port); !strings.HasSuffix(line, " "+want) {
+				t.Errorf("logged %q, want %q", line, want)
+			}
+			others := readUntil(t, log, "the chain is in memory only")
+			commands := regexp.MustCompile(`from other machines: nc (\S+) (\d+)\n`).FindAllStringSubmatch(others, -1)
+			if strings.Contains(line, "on 127.0.0.1:") || strings.Contains(line, "on [::1]:") {
+				if commands != nil {
+					t.Errorf("on loopback it logged %s", others)
+				}
+			} else if addrs, _ := net.InterfaceAddrs(); len(commands) != len(reachable(net.IPv4zero, addrs)) {
+				t.Errorf("logged %s", others)
+			}
+			for _, command := range append(commands, command) {
+				conn, err := net.Dial("tcp", net.JoinHostPort(command[1], command[2]))
+				if err != nil {
+					t.Errorf("%q does not join: %v", command[0], err)
+					continue
+				}
+				conn.Close()
+			}
+			cmd.Process.Signal(syscall.SIGTERM)
+			io.Copy(io.Discard, log)
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -59,7 +59,7 @@ func readText(name string) (string, error) {
 	}
 	text, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrPermission) {
-		return "", fmt.Errorf("%w; let the user who runs this program read it", err)
+		err = fmt.Errorf("%w; let the user who runs this program read it", err)
 	}
 	if err != nil {
 		return "", err
@@ -74,14 +74,12 @@ func readText(name string) (string, error) {
 // lineError is the error for a text that godotenv cannot parse. godotenv's own would quote
 // the rest of the file, secrets and all.
 func lineError(text string) error {
-	lines := strings.SplitAfter(text, "\n")
-	good := len(lines) - 1
-	for ; good > 0; good-- {
-		if _, err := godotenv.Unmarshal(strings.Join(lines[:good], "")); err == nil {
-			break
-		}
+	good := text
+	for _, err := godotenv.Unmarshal(good); err != nil; _, err = godotenv.Unmarshal(good) {
+		good = good[:strings.LastIndex(strings.TrimSuffix(good, "\n"), "\n")+1]
 	}
-	return fmt.Errorf("line %d is not KEY=VALUE: %q", good+1, strings.TrimSpace(lines[good]))
+	line, _, _ := strings.Cut(text[len(good):], "\n")
+	return fmt.Errorf("line %d is not KEY=VALUE: %q", strings.Count(good, "\n")+1, strings.TrimSpace(line))
 }
 
 // In a text from inert, noncharacters of Unicode stand for $ and \, and for the quotes after

@@ -165,6 +165,12 @@ func TestLink(t *testing.T) {
 }
 
 func TestNotReadable(t *testing.T) {
+	const memory = "/proc/self/mem" // is a regular file, and its first byte cannot be read
+	if _, err := os.Stat(memory); err == nil {
+		if _, _, err := Read(memory); err == nil {
+			t.Errorf("%s can be read", memory)
+		}
+	}
 	name := write(t, "PORT=1\n")
 	if err := os.Chmod(name, 0); err != nil {
 		t.Fatal(err)
