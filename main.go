@@ -113,7 +113,7 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	}
 	listener, err := listen(set)
 	if err != nil {
-		logWarnings() // of a PORT that is not read, say
+		logWarnings() // PORT may be among what is not read
 		return err
 	}
 	chain, err := openBlockchain(set.chainFile, logger)
@@ -152,9 +152,6 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	return err
 }
 
-// windowsEADDRINUSE is WSAEADDRINUSE; package syscall's EADDRINUSE is another number there.
-const windowsEADDRINUSE = syscall.Errno(10048)
-
 // chainFileError says that the chain's file cannot be used. Where the system refuses the
 // file, it also says where its name is from, and what to do.
 func chainFileError(set settings, err error) error {
@@ -171,6 +168,9 @@ func chainFileError(set settings, err error) error {
 	}
 	return fmt.Errorf("cannot use %q for CHAIN_FILE%s: %w%s", set.chainFile, source, err, remedy)
 }
+
+// windowsEADDRINUSE is WSAEADDRINUSE; package syscall's EADDRINUSE is another number there.
+const windowsEADDRINUSE = syscall.Errno(10048)
 
 // hostMust is what HOST must be.
 const hostMust = "a name or an address of this machine, or empty for all of them"
@@ -392,8 +392,8 @@ func readSettings() (set settings, warnings []string, err error) {
 
 	const fromEnvironment, fromDotenv = " (from the environment)", " (from .env)"
 	var faults []error
-	// get returns where the value of the key is from. use reports whether it can be used;
-	// must says what it must be.
+	// get gives the value of the key to use, which reports whether it can be used, and
+	// returns its source. must says, after a fault, what the value must be.
 	get := func(key, must string, use func(value string) bool) (source string) {
 		value := defaults[key]
 		if v, ok := values[key]; ok {
