@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -37,6 +38,9 @@ import (
 func TestMain(m *testing.M) {
 	run := map[string]func(){"the program": main, "bare": bareServer}[os.Getenv("TEST_BINARY_IS")]
 	if run == nil {
+		if signal.Ignored(os.Interrupt) { // as after & in a script; the program is not to inherit that
+			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+		}
 		os.Exit(m.Run())
 	}
 	go func() { // standard input ends with the process of the tests, even if it is killed

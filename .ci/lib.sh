@@ -48,11 +48,12 @@ soon() {
 }
 
 # start NAME COMMAND starts a shell's command in a process group of its own, as a
-# terminal does. Its outputs go to NAME.out and NAME.err, its group is $group.
+# terminal does, and with SIGINT not ignored, even if run itself is in the background. Its
+# outputs go to NAME.out and NAME.err, its group is $group.
 start() {
 	rm -f "$work/$1".{out,err} # before anybody looks for what this one says
 	set -m
-	bash -c "$2" </dev/null >"$work/$1.out" 2>"$work/$1.err" &
+	env --default-signal=INT bash -c "$2" </dev/null >"$work/$1.out" 2>"$work/$1.err" &
 	group=$!
 	set +m
 	groups+=("$group")
