@@ -175,6 +175,19 @@ const windowsEADDRINUSE = syscall.Errno(10048)
 // hostMust is what HOST must be.
 const hostMust = "a name or an address of this machine, or empty for all of them"
 
+// joinable reports whether a client can connect to the address: not if it is a multicast
+// address, or the broadcast address of all networks or of one to which this machine's
+// interfaces, whose addresses addrs are, belong.
+func joinable(ip netip.Addr, addrs []net.Addr) bool {
+	for _, addr := range addrs {
+		network, _ := netip.ParsePrefix(addr.String())
+		if ip.Is4() && network.Bits() < 31 && network.Contains(ip) && !network.Contains(ip.Next()) {
+			return false
+		}
+	}
+	return !ip.IsMulticast() && ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
 // listen listens on the port of the host, and on IPv4 alone if that is an IPv4 address.
 func listen(set settings) (net.Listener, error) {
 	network := "tcp"
@@ -433,9 +446,9 @@ func readSettings() (set settings, warnings []string, err error) {
 		if strings.HasPrefix(value, "[") && strings.HasSuffix(value, "]") {
 			set.host = value[1 : len(value)-1]
 		}
-		addr, _ := netip.ParseAddr(set.host)
-		addr = addr.Unmap()
-		return !addr.IsMulticast() && addr != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+		ip, _ := netip.ParseAddr(set.host)
+		addrs, _ := net.InterfaceAddrs() // without them, its broadcast addresses are not known
+		return joinable(ip.Unmap(), addrs)
 	})
 	set.roundInterval = duration("ROUND_INTERVAL")
 	set.broadcastInterval = duration("BROADCAST_INTERVAL")

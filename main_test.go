@@ -14,6 +14,7 @@ import (
 	"log"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -1039,6 +1040,7 @@ func TestBadSettings(t *testing.T) {
 		{"HOST", "ff02::1", unjoinable},
 		{"HOST", "[ff02::1]", unjoinable},
 		{"HOST", "255.255.255.255", unjoinable},
+		{"HOST", "127.255.255.255", unjoinable}, // of the loopback interface's network
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
@@ -1218,6 +1220,48 @@ func TestHost(t *testing.T) {
 	}
 }
 
+// parseAddrs returns the addresses of a machine's interfaces.
+func parseAddrs(t *testing.T, text string) []net.Addr {
+	t.Helper()
+	addrs := []net.Addr{&net.UnixAddr{}} // of a kind that is not known yet
+	for _, text := range strings.Fields(text) {
+		ip, network, err := net.ParseCIDR(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addrs = append(addrs, &net.IPNet{IP: ip, Mask: network.Mask})
+	}
+	return addrs
+}
+
+func TestJoinable(t *testing.T) {
+	addrs := parseAddrs(t, "127.0.0.1/8 192.168.1.20/25 10.0.0.6/31 10.0.0.9/32 10.9.0.1/30 ::1/128 fd00::1/120")
+	for text, want := range map[string]bool{
+		"":                true, // so is a name
+		"0.0.0.0":         true,
+		"127.0.0.1":       true,
+		"192.168.1.20":    true,
+		"192.168.1.127":   false,
+		"192.168.1.126":   true,
+		"192.168.1.255":   true, // is in another network
+		"127.255.255.255": false,
+		"10.0.0.7":        true, // a network of two has no broadcast address
+		"10.0.0.9":        true,
+		"10.9.0.3":        false,
+		"255.255.255.255": false,
+		"224.0.0.0":       false,
+		"::":              true,
+		"::1":             true,
+		"fd00::ff":        true,
+		"ff05::2":         false,
+	} {
+		ip, _ := netip.ParseAddr(text)
+		if got := joinable(ip, addrs); got != want {
+			t.Errorf("%q: %t, want %t", text, got, want)
+		}
+	}
+}
+
 func TestReachable(t *testing.T) {
 	for _, test := range []struct {
 		listening string
@@ -1236,14 +1280,7 @@ func TestReachable(t *testing.T) {
 		{"169.254.3.4", "169.254.3.4/16 10.0.0.1/8", ""},
 		{"fe80::1", "fe80::1/64 10.0.0.1/8", ""},
 	} {
-		addrs := []net.Addr{&net.UnixAddr{}} // of a kind that is not known yet
-		for _, text := range strings.Fields(test.addrs) {
-			ip, network, err := net.ParseCIDR(text)
-			if err != nil {
-				t.Fatal(err)
-			}
-			addrs = append(addrs, &net.IPNet{IP: ip, Mask: network.Mask})
-		}
+		addrs := parseAddrs(t, test.addrs)
 		if got := strings.Join(reachable(net.ParseIP(test.listening), addrs), " "); got != test.want {
 			t.Errorf("listening on %s with %s: %q, want %q", test.listening, test.addrs, got, test.want)
 		}
