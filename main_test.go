@@ -83,6 +83,23 @@ type process struct {
 // localhost may be 127.0.0.1 or ::1.
 var listening = regexp.MustCompile(`listening on (\S+:[0-9]+); join with: nc localhost [0-9]+`)
 
+// startLimit bounds the start of the program, so that no test hangs.
+const startLimit = 20 * time.Second
+
+// cannotStart runs a program that should not start, and returns its exit status and both
+// its outputs.
+func cannotStart(t testing.TB, cmd *exec.Cmd) (status int, out string) {
+	t.Helper()
+	var both buffer
+	cmd.Stdout, cmd.Stderr = &both, &both
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(startLimit, func() { cmd.Process.Kill() }).Stop()
+	cmd.Wait()
+	return cmd.ProcessState.ExitCode(), both.take()
+}
+
 // start starts the program on a free port and waits until it listens.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
@@ -108,14 +125,14 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 		p.Process.Kill()
 		p.Wait()
 	})
-	defer time.AfterFunc(time.Minute, func() { p.Process.Kill() }).Stop()
+	defer time.AfterFunc(startLimit, func() { p.Process.Kill() }).Stop()
 	log := bufio.NewReader(stderr)
 	logged := ""
 	for p.address == "" {
 		line, err := log.ReadString('\n')
 		logged += line
 		if err != nil {
-			t.Fatalf("it does not listen on localhost within a minute: %v; logged %s", err, logged)
+			t.Fatalf("it does not listen on localhost within %v: %v; logged %s", startLimit, err, logged)
 		}
 		if match := listening.FindStringSubmatch(line); match != nil {
 			p.address = match[1]
@@ -769,10 +786,9 @@ func TestCannotStart(t *testing.T) {
 		{[]string{"PORT=0", "HOST=localhost", "CHAIN_FILE=none/x.jsonl"}, `cannot use "none/x.jsonl" for CHAIN_FILE (from the environment): open none/x.jsonl: no such file or directory; make the directory first, or choose another file: CHAIN_FILE=FILE`},
 		{[]string{"HOST=256.0.0.1"}, `cannot listen on port 9000 with "256.0.0.1" for HOST (from the environment), which must be a name or an address of this machine, or empty for all of them: `},
 	} {
-		cmd := program(t, test.env...)
-		out, err := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), test.want) || strings.Count(string(out), "\n") != 1 {
-			t.Errorf("%q: %v, %s", test.env, err, out)
+		status, out := cannotStart(t, program(t, test.env...))
+		if status != 1 || !strings.Contains(out, test.want) || strings.Count(out, "\n") != 1 {
+			t.Errorf("%q: exit status %d, %s", test.env, status, out)
 		}
 	}
 }
@@ -1134,8 +1150,8 @@ func TestMisnamedDotenv(t *testing.T) {
 		for _, setting := range []string{"HOST=256.0.0.1", "CHAIN_FILE=."} {
 			cmd = program(t, "PORT=0", setting)
 			writeFile(t, filepath.Join(cmd.Dir, name), []byte("ROUND_INTERVAL=1s\n"))
-			if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || bytes.Count(out, []byte(want)) != 1 {
-				t.Errorf("%s: %v, logged %s, want %s", setting, cmd.ProcessState, out, want)
+			if status, out := cannotStart(t, cmd); status != 1 || strings.Count(out, want) != 1 {
+				t.Errorf("%s: exit status %d, logged %s, want %s", setting, status, out, want)
 			}
 		}
 
