@@ -13,7 +13,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -24,6 +23,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"slices"
@@ -35,6 +35,7 @@ import (
 	"github.com/joho/godotenv"
 
 	"proof-of-stake/internal/asyncwriter"
+	"proof-of-stake/internal/dotenv"
 	"proof-of-stake/internal/lineconn"
 )
 
@@ -74,7 +75,11 @@ func main() {
 		fmt.Fprintf(os.Stderr, "proof-of-stake takes no arguments but -h, and was given %q; settings go before it, as in PORT=9100 proof-of-stake\n", os.Args[1:])
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{syscall.SIGTERM}
+	if !signal.Ignored(os.Interrupt) { // as a script's shell has it for what it starts with &
+		signals = append(signals, os.Interrupt)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
@@ -108,34 +113,40 @@ var errNoAnswer = fmt.Errorf("the disk has not answered within %v; the block tha
 
 // run reads the settings and runs the server until ctx is done or the chain is lost.
 func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
-	set, unknown, err := readSettings()
+	set, warnings, err := readSettings()
 	if err != nil {
 		return err
 	}
-	listener, err := listen(set.host, set.port)
+	logWarnings := func() {
+		for _, warning := range warnings {
+			logger.Print("warning: " + warning)
+		}
+	}
+	listener, err := listen(set)
 	if err != nil {
+		logWarnings() // PORT may be among what is not read
 		return err
 	}
 	chain, err := openBlockchain(set.chainFile, set.broadcastBlocks, logger)
 	if err != nil {
-		return fmt.Errorf("cannot use %q for CHAIN_FILE: %w", set.chainFile, err)
+		logWarnings()
+		return chainFileError(set, err)
 	}
-	logger.Printf("listening on %v; join with: nc %s %d", listener.Addr(),
-		cmp.Or(set.host, "localhost"), listener.Addr().(*net.TCPAddr).Port)
+	logListening(set, listener.Addr().(*net.TCPAddr), logger)
 	if set.chainFile == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
 	} else {
 		logger.Printf("the chain is in %q; blocks: %d", set.chainFile, chain.head.Index+1)
 	}
 	logger.Printf("a draw every %v, a broadcast of the chain every %v", set.roundInterval, set.broadcastInterval)
-	for _, key := range unknown {
-		logger.Printf("warning: %s in .env is no setting; the settings are in .env.example, or: proof-of-stake -h", key)
-	}
+	logWarnings()
 
 	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
-	return serve(ctx, lottery, newServer(lottery, set.maxValidators, logger), listener)
+	server := newServer(lottery, set.maxValidators, logger)
+	server.maxStake = set.maxStake
+	return serve(ctx, lottery, server, listener)
 }
 
 // serve runs the lottery and the server until ctx is done or the chain is lost. Then the
@@ -173,12 +184,50 @@ func serve(ctx context.Context, lottery *lottery, server *server, listener net.L
 	return err
 }
 
+// chainFileError says that the chain's file cannot be used. Where the system refuses the
+// file, it also says where its name is from, and what to do.
+func chainFileError(set settings, err error) error {
+	var refused *fs.PathError
+	source, remedy := "", ""
+	if errors.As(err, &refused) {
+		source = set.chainFileSource
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		remedy = "; let the user who starts the server write the file and its directory, or choose another file: CHAIN_FILE=FILE"
+	case errors.Is(err, fs.ErrNotExist):
+		remedy = "; make the directory first, or choose another file: CHAIN_FILE=FILE"
+	}
+	return fmt.Errorf("cannot use %q for CHAIN_FILE%s: %w%s", set.chainFile, source, err, remedy)
+}
+
 // windowsEADDRINUSE is WSAEADDRINUSE; package syscall's EADDRINUSE is another number there.
 const windowsEADDRINUSE = syscall.Errno(10048)
 
-// listen listens on the port of the host.
-func listen(host string, port int) (net.Listener, error) {
-	listener, err := lineconn.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)), lineconn.Timeout)
+// hostMust is what HOST must be.
+const hostMust = "a name or an address of this machine, or empty for all of them"
+
+// joinable reports whether a client can connect to the address: not if it is a multicast
+// address, or the broadcast address of all networks or of one to which this machine's
+// interfaces, whose addresses addrs are, belong.
+func joinable(ip netip.Addr, addrs []net.Addr) bool {
+	for _, addr := range addrs {
+		network, _ := netip.ParsePrefix(addr.String())
+		if ip.Is4() && network.Bits() < 31 && network.Contains(ip) && !network.Contains(ip.Next()) {
+			return false
+		}
+	}
+	return !ip.IsMulticast() && ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+// listen listens on the port of the host, and on IPv4 alone if that is an IPv4 address.
+func listen(set settings) (net.Listener, error) {
+	network := "tcp"
+	if addr, _ := netip.ParseAddr(set.host); addr.Unmap().Is4() {
+		network = "tcp4"
+	}
+	port := set.port
+	listener, err := lineconn.Listen(network, net.JoinHostPort(set.host, strconv.Itoa(port)), lineconn.Timeout)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
 		other := 9100
@@ -189,97 +238,144 @@ func listen(host string, port int) (net.Listener, error) {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("cannot listen on port %d: %w; choose another: PORT=9000", port, err)
 	case err != nil:
-		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST, which must be a name or an address of this machine, or empty for all of them: %w", port, host, err)
+		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST%s, which must be %s: %w", port, set.host, set.hostSource, hostMust, err)
 	}
 	return listener, nil
+}
+
+// logListening logs the address listened on, and how to join: from this machine and, if
+// that is possible, from others.
+func logListening(set settings, address *net.TCPAddr, logger *log.Logger) {
+	host, setting := "localhost", ""
+	if set.host != "" {
+		setting = fmt.Sprintf("; HOST is %q%s", set.host, set.hostSource)
+		if !address.IP.IsUnspecified() {
+			host = set.host
+		} else if address.IP.To4() != nil {
+			host = "127.0.0.1" // localhost may be ::1 alone
+		}
+	}
+	logger.Printf("listening on %v; join with: nc %s %d%s", address, host, address.Port, setting)
+	addrs, _ := net.InterfaceAddrs() // without them, nothing is said of other machines
+	for _, host := range reachable(address.IP, addrs) {
+		logger.Printf("from other machines: nc %s %d", host, address.Port)
+	}
+}
+
+// reachable returns the addresses at which other machines reach a server that listens on
+// ip: that one, or the IPv4 addresses among addrs, which are those of this machine's
+// interfaces, but no more than five, if the server listens on all.
+func reachable(ip net.IP, addrs []net.Addr) (hosts []string) {
+	if !ip.IsUnspecified() {
+		addrs = []net.Addr{&net.IPNet{IP: ip}}
+	}
+	for _, addr := range addrs {
+		network, ok := addr.(*net.IPNet)
+		if !ok || !network.IP.IsGlobalUnicast() || ip.IsUnspecified() && network.IP.To4() == nil || len(hosts) == 5 {
+			continue
+		}
+		hosts = append(hosts, network.IP.String())
+	}
+	return hosts
 }
 
 // settings are explained in .env.example.
 type settings struct {
 	port              int
-	host              string
+	host              string // without the brackets of an IPv6 address
+	hostSource        string // as readSettings has it
 	roundInterval     time.Duration
 	broadcastInterval time.Duration
 	broadcastBlocks   int
 	chainFile         string
+	chainFileSource   string
 	maxValidators     int
+	maxStake          int // tokens
 }
 
 // readSettings takes each setting from the nearest place that has it: first the
 // environment, that is, whoever starts the server; then .env, which belongs to the
-// directory; then .env.example. unknown are the keys in .env that are no settings. The
-// error has one line for each fault.
-func readSettings() (set settings, unknown []string, err error) {
+// directory; then .env.example. A source says which it was, and is empty for the last. The
+// warnings are for the log. The error has one line for each fault.
+//
+// A value that godotenv would expand is refused, but only of a setting that is used: the
+// rest of .env may belong to other programs.
+func readSettings() (set settings, warnings []string, err error) {
 	defaults, err := godotenv.Unmarshal(envExample)
 	if err != nil {
 		return settings{}, nil, fmt.Errorf(".env.example: %w", err)
 	}
-	dotenv, err := readDotenv()
-	if err != nil {
-		return settings{}, nil, err
+	values, changed, err := dotenv.Read(".env")
+	if errors.Is(err, fs.ErrNotExist) {
+		for _, name := range []string{".env.txt", ".env.text"} {
+			if _, err := os.Lstat(name); err == nil {
+				warnings = append(warnings, name+" is not read; to have its settings read, rename it to .env")
+			}
+		}
+	} else if err != nil {
+		return settings{}, nil, fmt.Errorf("cannot read .env: %w", err)
 	}
-	for _, key := range slices.Sorted(maps.Keys(dotenv)) {
+	for _, key := range slices.Sorted(maps.Keys(values)) {
 		if _, known := defaults[key]; !known {
-			unknown = append(unknown, key)
+			warnings = append(warnings, strings.Trim(strconv.Quote(key), `"`)+" in .env is no setting; the settings are in .env.example, or: proof-of-stake -h")
 		}
 	}
+
+	const fromEnvironment, fromDotenv = " (from the environment)", " (from .env)"
 	var faults []error
-	get := func(key string) string {
-		if value, ok := os.LookupEnv(key); ok {
-			return value
+	// get gives the value of the key to use, which reports whether it can be used, and
+	// returns its source. must says, after a fault, what the value must be.
+	get := func(key, must string, use func(value string) bool) (source string) {
+		value := defaults[key]
+		if v, ok := values[key]; ok {
+			value, source = v, fromDotenv
 		}
-		if value, ok := dotenv[key]; ok {
-			return value
+		if v, ok := os.LookupEnv(key); ok {
+			value, source = v, fromEnvironment
 		}
-		return defaults[key]
+		if written, ok := changed[key]; ok && source == fromDotenv {
+			// Quoted for the terminal, and otherwise as it is in the file.
+			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
+			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: $ and \\ have a meaning there; to have the value as it is written, put it in single quotes", quoted, key, source))
+		} else if !use(value) {
+			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
+		}
+		return source
 	}
-	number := func(key string, low, high int) int {
-		n, err := strconv.Atoi(get(key))
-		if err != nil || n < low || n > high {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s: it must be a whole number from %d to %d", get(key), key, low, high))
-		}
+	number := func(key string, low, high int) (n int) {
+		get(key, fmt.Sprintf("it must be a whole number from %d to %d", low, high), func(value string) bool {
+			var err error
+			n, err = strconv.Atoi(value)
+			return err == nil && low <= n && n <= high
+		})
 		return n
 	}
-	duration := func(key string) time.Duration {
-		d, err := time.ParseDuration(get(key))
-		if err != nil || d < time.Millisecond {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s: it must be a duration of at least 1ms, such as 30s or 1m30s", get(key), key))
-		}
+	duration := func(key string) (d time.Duration) {
+		get(key, "it must be a duration of at least 1ms, such as 30s or 1m30s", func(value string) bool {
+			var err error
+			d, err = time.ParseDuration(value)
+			return err == nil && d >= time.Millisecond
+		})
 		return d
 	}
-	set = settings{
-		port:              number("PORT", 0, 65535),
-		host:              get("HOST"),
-		roundInterval:     duration("ROUND_INTERVAL"),
-		broadcastInterval: duration("BROADCAST_INTERVAL"),
-		broadcastBlocks:   number("BROADCAST_BLOCKS", 0, math.MaxInt),
-		chainFile:         get("CHAIN_FILE"),
-		maxValidators:     number("MAX_VALIDATORS", 1, 1_000_000),
-	}
-	return set, unknown, errors.Join(faults...)
-}
-
-// readDotenv reads .env, if there is one. godotenv's own error would quote the
-// rest of the file, secrets and all; this one shows the line at fault.
-func readDotenv() (map[string]string, error) {
-	text, err := os.ReadFile(".env")
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot read .env: %w", err)
-	}
-	// Without a newline at its end, godotenv would accept a last line without =.
-	env, err := godotenv.UnmarshalBytes(append(text, '\n'))
-	if err == nil {
-		return env, nil
-	}
-	lines := strings.SplitAfter(string(text)+"\n", "\n")
-	good := len(lines) - 1
-	for ; good > 0; good-- {
-		if _, err := godotenv.Unmarshal(strings.Join(lines[:good], "")); err == nil {
-			break
+	set.port = number("PORT", 0, 65535)
+	set.hostSource = get("HOST", "a multicast or broadcast address cannot be joined; it must be "+hostMust, func(value string) bool {
+		set.host = value
+		if strings.HasPrefix(value, "[") && strings.HasSuffix(value, "]") {
+			set.host = value[1 : len(value)-1]
 		}
-	}
-	return nil, fmt.Errorf("cannot read .env: line %d is not KEY=VALUE: %q", good+1, strings.TrimSpace(lines[good]))
+		ip, _ := netip.ParseAddr(set.host)
+		addrs, _ := net.InterfaceAddrs() // without them, its broadcast addresses are not known
+		return joinable(ip.Unmap(), addrs)
+	})
+	set.roundInterval = duration("ROUND_INTERVAL")
+	set.broadcastInterval = duration("BROADCAST_INTERVAL")
+	set.broadcastBlocks = number("BROADCAST_BLOCKS", 0, math.MaxInt)
+	set.chainFileSource = get("CHAIN_FILE", "", func(value string) bool {
+		set.chainFile = value
+		return true
+	})
+	set.maxValidators = number("MAX_VALIDATORS", 1, 1_000_000)
+	set.maxStake = number("MAX_STAKE", 1, maxStake)
+	return set, warnings, errors.Join(faults...)
 }

@@ -10,11 +10,14 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -38,6 +41,9 @@ import (
 func TestMain(m *testing.M) {
 	run := map[string]func(){"the program": main, "bare": bareServer}[os.Getenv("TEST_BINARY_IS")]
 	if run == nil {
+		if signal.Ignored(os.Interrupt) { // as after & in a script; the program is not to inherit that
+			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+		}
 		os.Exit(m.Run())
 	}
 	go func() { // standard input ends with the process of the tests, even if it is killed
@@ -50,7 +56,11 @@ func TestMain(m *testing.M) {
 // program returns the program as a command in an empty directory, with no
 // settings but env. With go test -cover, what it covers counts too.
 func program(t testing.TB, env ...string) *exec.Cmd {
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	self, err := os.Executable() // os.Args[0] may be relative to another directory
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Dir = t.TempDir()
 	cmd.Env = append([]string{
 		"TEST_BINARY_IS=the program",
@@ -72,7 +82,25 @@ type process struct {
 	logged         chan struct{} // closed when stderr has all of it
 }
 
-var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+); join with: nc localhost [0-9]+\n`)
+// localhost may be 127.0.0.1 or ::1.
+var listening = regexp.MustCompile(`listening on (\S+:[0-9]+); join with: nc localhost [0-9]+`)
+
+// startLimit bounds the start of the program, so that no test hangs.
+const startLimit = 20 * time.Second
+
+// cannotStart runs a program that should not start, and returns its exit status and both
+// its outputs.
+func cannotStart(t testing.TB, cmd *exec.Cmd) (status int, out string) {
+	t.Helper()
+	var both buffer
+	cmd.Stdout, cmd.Stderr = &both, &both
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(startLimit, func() { cmd.Process.Kill() }).Stop()
+	cmd.Wait()
+	return cmd.ProcessState.ExitCode(), both.take()
+}
 
 // start starts the program on a free port and waits until it listens.
 func start(t testing.TB, env ...string) *process {
@@ -99,11 +127,14 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 		p.Process.Kill()
 		p.Wait()
 	})
+	defer time.AfterFunc(startLimit, func() { p.Process.Kill() }).Stop()
 	log := bufio.NewReader(stderr)
+	logged := ""
 	for p.address == "" {
 		line, err := log.ReadString('\n')
+		logged += line
 		if err != nil {
-			t.Fatalf("it does not listen: %v", err)
+			t.Fatalf("it does not listen on localhost within %v: %v; logged %s", startLimit, err, logged)
 		}
 		if match := listening.FindStringSubmatch(line); match != nil {
 			p.address = match[1]
@@ -396,6 +427,39 @@ func TestSecondInterrupt(t *testing.T) {
 	}
 }
 
+// What a script starts with & goes on after the Ctrl-C that its shell ignores for it, and
+// stops on SIGTERM.
+func TestInterruptInBackground(t *testing.T) {
+	t.Parallel()
+	shell, err := exec.LookPath("sh")
+	if err != nil {
+		t.Skip(err)
+	}
+	cmd := program(t, "CHAIN_FILE=", "ROUND_INTERVAL=50ms")
+	// After & standard input is /dev/null, at the end of which the program of the tests ends.
+	writeFile(t, filepath.Join(cmd.Dir, "script"), []byte(`exec 3<&0
+sh -c 'echo $$ >pid; exec "$0"' "$1" <&3 &
+wait $!
+`))
+	cmd.Args = []string{"sh", "script", cmd.Path}
+	cmd.Path = shell
+	p := startCommand(t, cmd)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(readFile(t, filepath.Join(p.Dir, "pid")))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Signal(os.Interrupt)
+	win(t, p, 10)
+	server.Signal(syscall.SIGTERM)
+	if err := p.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v, want exit status 0", err)
+	}
+}
+
 // Nobody reads standard output, the log or either of them: the draws go on, and SIGTERM
 // ends the program with exit status 0.
 func TestOutputsAreNotRead(t *testing.T) {
@@ -638,8 +702,15 @@ func TestDescriptorsAreBounded(t *testing.T) {
 	if most -= before; most > 50+100+10 {
 		t.Errorf("%d descriptors more than before were open", most)
 	}
-	c := p.dial(t) // and nobody waits for a place
-	readUntil(t, c, "Enter token balance:")
+	// Those of the storm that are not accepted yet are gone soon, and everybody finds a place.
+	for received := []byte(nil); string(received) != balancePrompt; {
+		c := p.dial(t)
+		c.CloseWrite()
+		var err error
+		if received, err = io.ReadAll(c); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // With no descriptors left those connected are served, and others when there is room.
@@ -650,7 +721,8 @@ func TestNoDescriptors(t *testing.T) {
 		t.Skip(err)
 	}
 	cmd := program(t, "ROUND_INTERVAL=500ms")
-	cmd.Path, cmd.Args = shell, []string{"sh", "-c", `ulimit -n 40 && exec "$0"`, os.Args[0]}
+	cmd.Args = []string{"sh", "-c", `ulimit -n 40 && exec "$0"`, cmd.Path}
+	cmd.Path = shell
 	p := startCommand(t, cmd)
 	connected := p.dial(t)
 	sendLine(t, connected, "100")
@@ -719,14 +791,14 @@ func TestCannotStart(t *testing.T) {
 		env  []string
 		want string
 	}{
-		{[]string{"PORT=high"}, `cannot use "high" for PORT: it must be a whole number from 0 to 65535`},
+		{[]string{"PORT=high"}, `cannot use "high" for PORT (from the environment): it must be a whole number from 0 to 65535`},
 		{[]string{"HOST=localhost", "PORT=" + port}, `cannot listen on port ` + port + `: it is in use; choose another: PORT=9100`},
-		{[]string{"HOST=256.0.0.1"}, `cannot listen on port 9000 with "256.0.0.1" for HOST, which must be a name or an address of this machine, or empty for all of them: `},
+		{[]string{"PORT=0", "HOST=localhost", "CHAIN_FILE=none/x.jsonl"}, `cannot use "none/x.jsonl" for CHAIN_FILE (from the environment): open none/x.jsonl: no such file or directory; make the directory first, or choose another file: CHAIN_FILE=FILE`},
+		{[]string{"HOST=256.0.0.1"}, `cannot listen on port 9000 with "256.0.0.1" for HOST (from the environment), which must be a name or an address of this machine, or empty for all of them: `},
 	} {
-		cmd := program(t, test.env...)
-		out, err := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), test.want) || strings.Count(string(out), "\n") != 1 {
-			t.Errorf("%q: %v, %s", test.env, err, out)
+		status, out := cannotStart(t, program(t, test.env...))
+		if status != 1 || !strings.Contains(out, test.want) || strings.Count(out, "\n") != 1 {
+			t.Errorf("%q: exit status %d, %s", test.env, status, out)
 		}
 	}
 }
@@ -910,7 +982,7 @@ func (p *process) cpu() (total time.Duration) {
 	return total
 }
 
-var settingKeys = []string{"PORT", "HOST", "ROUND_INTERVAL", "BROADCAST_INTERVAL", "BROADCAST_BLOCKS", "CHAIN_FILE", "MAX_VALIDATORS"}
+var settingKeys = []string{"PORT", "HOST", "ROUND_INTERVAL", "BROADCAST_INTERVAL", "BROADCAST_BLOCKS", "CHAIN_FILE", "MAX_VALIDATORS", "MAX_STAKE"}
 
 // inDirectory has the rest of the test run in an empty directory with this .env,
 // if it is not empty, and with no settings in the environment.
@@ -938,6 +1010,7 @@ func TestDefaults(t *testing.T) {
 		broadcastBlocks:   100,
 		chainFile:         "chain.jsonl",
 		maxValidators:     10000,
+		maxStake:          1_000_000_000_000,
 	}
 	if err != nil || got != want {
 		t.Errorf("%+v, %v, want %+v", got, err, want)
@@ -957,10 +1030,13 @@ func TestPrecedence(t *testing.T) {
 	want := settings{
 		port:              2,
 		host:              "localhost",
+		hostSource:        " (from .env)",
 		roundInterval:     time.Second,
 		broadcastInterval: time.Minute,
 		broadcastBlocks:   100,
+		chainFileSource:   " (from the environment)",
 		maxValidators:     10000,
+		maxStake:          1_000_000_000_000,
 	}
 	if err != nil || got != want {
 		t.Errorf("%+v, %v, want %+v", got, err, want)
@@ -969,6 +1045,7 @@ func TestPrecedence(t *testing.T) {
 
 func TestBadSettings(t *testing.T) {
 	const duration = ": it must be a duration of at least 1ms, such as 30s or 1m30s"
+	const unjoinable = ": a multicast or broadcast address cannot be joined; it must be a name or an address of this machine, or empty for all of them"
 	for _, test := range []struct{ key, value, want string }{
 		{"PORT", "", ": it must be a whole number from 0 to 65535"},
 		{"PORT", "-1", ": it must be a whole number from 0 to 65535"},
@@ -983,11 +1060,26 @@ func TestBadSettings(t *testing.T) {
 		{"BROADCAST_BLOCKS", "-1", ": it must be a whole number from 0 to 9223372036854775807"},
 		{"MAX_VALIDATORS", "0", ": it must be a whole number from 1 to 1000000"},
 		{"MAX_VALIDATORS", "1000001", ": it must be a whole number from 1 to 1000000"},
+		{"MAX_STAKE", "0", ": it must be a whole number from 1 to 1000000000000"},
+		{"MAX_STAKE", "1000000000001", ": it must be a whole number from 1 to 1000000000000"},
+		{"HOST", "224.0.0.0", unjoinable},
+		{"HOST", "239.255.255.255", unjoinable},
+		{"HOST", "::ffff:224.0.0.1", unjoinable},
+		{"HOST", "ff02::1", unjoinable},
+		{"HOST", "[ff02::1]", unjoinable},
+		{"HOST", "255.255.255.255", unjoinable},
+		{"HOST", "127.255.255.255", unjoinable}, // of the loopback interface's network
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
 			t.Setenv(test.key, test.value)
-			want := fmt.Sprintf("cannot use %q for %s%s", test.value, test.key, test.want)
+			want := fmt.Sprintf("cannot use %q for %s (from the environment)%s", test.value, test.key, test.want)
+			if _, _, err := readSettings(); err == nil || err.Error() != want {
+				t.Errorf("%v, want %s", err, want)
+			}
+			os.Unsetenv(test.key)
+			writeFile(t, ".env", []byte(test.key+"='"+test.value+"'\n"))
+			want = fmt.Sprintf("cannot use %q for %s (from .env)%s", test.value, test.key, test.want)
 			if _, _, err := readSettings(); err == nil || err.Error() != want {
 				t.Errorf("%v, want %s", err, want)
 			}
@@ -997,7 +1089,7 @@ func TestBadSettings(t *testing.T) {
 		inDirectory(t, "PORT=x")
 		t.Setenv("MAX_VALIDATORS", "y")
 		_, _, err := readSettings()
-		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.Contains(err.Error(), `"x" for PORT`) || !strings.Contains(err.Error(), `"y" for MAX_VALIDATORS`) {
+		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.Contains(err.Error(), `"x" for PORT (from .env)`) || !strings.Contains(err.Error(), `"y" for MAX_VALIDATORS (from the environment)`) {
 			t.Errorf("two faults: %v", err)
 		}
 	})
@@ -1005,24 +1097,242 @@ func TestBadSettings(t *testing.T) {
 
 // A fault in .env is named by its line, and nothing else of the file is shown.
 func TestBadDotenv(t *testing.T) {
+	const expanded = ": $ and \\ have a meaning there; to have the value as it is written, put it in single quotes"
 	for _, test := range []struct{ dotenv, want string }{
-		{"PORT 9000", `line 1 is not KEY=VALUE: "PORT 9000"`},
-		{"SECRET=a\nPORT 9000\nSECRET=b\n", `line 2 is not KEY=VALUE: "PORT 9000"`},
-		{"SECRET=a\r\nPORT 9000\r\nSECRET=b\r\n", `line 2 is not KEY=VALUE: "PORT 9000"`},
-		{"SECRET='a\nb'\n\n# comment\nHOST=\"x\nSECRET=c\n", `line 5 is not KEY=VALUE: "HOST=\"x"`},
-		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `line 2 is not KEY=VALUE: "\x1b[2J"`},
+		{"PORT 9000", `cannot read .env: line 1 is not KEY=VALUE: "PORT 9000"`},
+		{"SECRET=a\nPORT 9000\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "PORT 9000"`},
+		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "\x1b[2J"`},
+		{"\xff\xfeP\x00=\x001\x00", "cannot read .env: it is not in UTF-8, but perhaps in UTF-16; save it as UTF-8"},
+		{"CHAIN_FILE=$PWD/x.jsonl\n", `cannot use "$PWD/x.jsonl" for CHAIN_FILE (from .env)` + expanded},
+		{"SECRET=hush\nCHAIN_FILE=\"${SECRET}.jsonl\"\n", `cannot use "${SECRET}.jsonl" for CHAIN_FILE (from .env)` + expanded},
+		{`CHAIN_FILE="C:\new.jsonl"`, `cannot use "C:\new.jsonl" for CHAIN_FILE (from .env)` + expanded},
+		{`HOST="a\"b"`, `cannot use "a\"b" for HOST (from .env)` + expanded},
+		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + expanded},
+		{"PORT=$X\nMAX_STAKE=\\$1\n", `cannot use "$X" for PORT (from .env)` + expanded + "\n" + `cannot use "\$1" for MAX_STAKE (from .env)` + expanded},
 	} {
 		inDirectory(t, test.dotenv)
-		if _, _, err := readSettings(); err == nil || err.Error() != "cannot read .env: "+test.want {
+		if _, _, err := readSettings(); err == nil || err.Error() != test.want {
 			t.Errorf("%q: %v\nwant %s", test.dotenv, err, test.want)
 		}
+		if text := readFile(t, ".env"); string(text) != test.dotenv {
+			t.Errorf("%q has become %q", test.dotenv, text)
+		}
 	}
-	inDirectory(t, "")
-	if err := os.Mkdir(".env", 0o700); err != nil {
-		t.Fatal(err)
+}
+
+// Nothing is refused for a $ in a value that is not used, since it is for other programs or
+// since the environment comes first.
+func TestUnusedExpansion(t *testing.T) {
+	inDirectory(t, "DATABASE=$HOME/db\nCHAIN_FILE=$PWD/x.jsonl\n")
+	t.Setenv("CHAIN_FILE", "y.jsonl")
+	if set, _, err := readSettings(); err != nil || set.chainFile != "y.jsonl" {
+		t.Errorf("%q, %v", set.chainFile, err)
 	}
-	if _, _, err := readSettings(); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), ".env") {
-		t.Errorf("a directory: %v", err)
+}
+
+// A key that is no setting is named, and nothing in it reaches a terminal unquoted.
+func TestUnknownKeys(t *testing.T) {
+	inDirectory(t, "PORT=1\nPROT\r2=hush\nHOTS=hush\n")
+	_, warnings, err := readSettings()
+	const rest = " in .env is no setting; the settings are in .env.example, or: proof-of-stake -h"
+	if want := []string{"HOTS" + rest, `PROT\r2` + rest}; err != nil || !slices.Equal(warnings, want) {
+		t.Errorf("%q, %v, want %q", warnings, err, want)
+	}
+}
+
+// A .env that its editor has called otherwise gets a warning, also if the start fails.
+func TestMisnamedDotenv(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{".env.txt", ".env.text"} {
+		want := "warning: " + name + " is not read; to have its settings read, rename it to .env\n"
+		cmd := program(t, "CHAIN_FILE=")
+		file := filepath.Join(cmd.Dir, name)
+		writeFile(t, file, []byte("ROUND_INTERVAL=1s\n"))
+		p := startCommand(t, cmd)
+		p.Process.Signal(syscall.SIGTERM)
+		<-p.logged
+		p.Wait()
+		if log := p.stderr.take(); strings.Count(log, want) != 1 || !strings.Contains(log, "a draw every 30s") {
+			t.Errorf("logged %s, want %s", log, want)
+		}
+		if text := readFile(t, file); string(text) != "ROUND_INTERVAL=1s\n" {
+			t.Errorf("%s has become %q", name, text)
+		}
+
+		for _, setting := range []string{"HOST=256.0.0.1", "CHAIN_FILE=."} {
+			cmd = program(t, "PORT=0", setting)
+			writeFile(t, filepath.Join(cmd.Dir, name), []byte("ROUND_INTERVAL=1s\n"))
+			if status, out := cannotStart(t, cmd); status != 1 || strings.Count(out, want) != 1 {
+				t.Errorf("%s: exit status %d, logged %s, want %s", setting, status, out, want)
+			}
+		}
+
+		cmd = program(t, "CHAIN_FILE=")
+		for _, name := range []string{name, ".env"} {
+			writeFile(t, filepath.Join(cmd.Dir, name), nil)
+		}
+		p = startCommand(t, cmd)
+		p.Process.Signal(syscall.SIGTERM)
+		<-p.logged
+		p.Wait()
+		if log := p.stderr.take(); strings.Contains(log, "warning") {
+			t.Errorf("beside a .env: logged %s", log)
+		}
+	}
+}
+
+// HOST takes an IPv6 address with or without brackets; on an IPv4 address it is listened
+// with IPv4 alone; the log says where HOST is from and how to join.
+func TestHost(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ setting, want string }{ // %d is the port
+		{"", "listening on [::]:%d; join with: nc localhost %d\n"},
+		{"0.0.0.0", "listening on 0.0.0.0:%d; join with: nc 127.0.0.1 %d; HOST is \"0.0.0.0\" (from .env)\n"},
+		{"::", "listening on [::]:%d; join with: nc localhost %d; HOST is \"::\" (from .env)\n"},
+		{"127.0.0.1", "listening on 127.0.0.1:%d; join with: nc 127.0.0.1 %d; HOST is \"127.0.0.1\" (from .env)\n"},
+		{"::ffff:127.0.0.1", "listening on 127.0.0.1:%d; join with: nc ::ffff:127.0.0.1 %d; HOST is \"::ffff:127.0.0.1\" (from .env)\n"},
+		{"::1", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
+		{"[::1]", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
+	} {
+		t.Run("HOST="+test.setting, func(t *testing.T) {
+			t.Parallel()
+			if strings.Contains(test.want, "[::") {
+				listener, err := net.Listen("tcp", "[::1]:0")
+				if err != nil {
+					t.Skip(err)
+				}
+				listener.Close()
+			}
+			cmd := program(t, "PORT=0", "CHAIN_FILE=")
+			writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte("HOST="+test.setting+"\n"))
+			stderr, err := cmd.StderrPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			log := bufio.NewReader(stderr)
+			line, _ := log.ReadString('\n')
+			command := regexp.MustCompile(`join with: nc (\S+) (\d+)`).FindStringSubmatch(line)
+			if command == nil {
+				t.Fatalf("logged %q", line)
+			}
+			port, _ := strconv.Atoi(command[2])
+			if want := fmt.Sprintf(test.want, port, port); !strings.HasSuffix(line, " "+want) {
+				t.Errorf("logged %q, want %q", line, want)
+			}
+			others := readUntil(t, log, "the chain is in memory only")
+			commands := regexp.MustCompile(`from other machines: nc (\S+) (\d+)\n`).FindAllStringSubmatch(others, -1)
+			if strings.Contains(line, "on 127.0.0.1:") || strings.Contains(line, "on [::1]:") {
+				if commands != nil {
+					t.Errorf("on loopback it logged %s", others)
+				}
+			} else if addrs, _ := net.InterfaceAddrs(); len(commands) != len(reachable(net.IPv4zero, addrs)) {
+				t.Errorf("logged %s", others)
+			}
+			for _, command := range append(commands, command) {
+				conn, err := net.Dial("tcp", net.JoinHostPort(command[1], command[2]))
+				if err != nil {
+					t.Errorf("%q does not join: %v", command[0], err)
+					continue
+				}
+				conn.Close()
+			}
+			cmd.Process.Signal(syscall.SIGTERM)
+			io.Copy(io.Discard, log)
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// parseAddrs returns the addresses of a machine's interfaces.
+func parseAddrs(t *testing.T, text string) []net.Addr {
+	t.Helper()
+	addrs := []net.Addr{&net.UnixAddr{}} // of a kind that is not known yet
+	for _, text := range strings.Fields(text) {
+		ip, network, err := net.ParseCIDR(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addrs = append(addrs, &net.IPNet{IP: ip, Mask: network.Mask})
+	}
+	return addrs
+}
+
+func TestJoinable(t *testing.T) {
+	addrs := parseAddrs(t, "127.0.0.1/8 192.168.1.20/25 10.0.0.6/31 10.0.0.9/32 10.9.0.1/30 ::1/128 fd00::1/120")
+	for text, want := range map[string]bool{
+		"":                true, // so is a name
+		"0.0.0.0":         true,
+		"127.0.0.1":       true,
+		"192.168.1.20":    true,
+		"192.168.1.127":   false,
+		"192.168.1.126":   true,
+		"192.168.1.255":   true, // is in another network
+		"127.255.255.255": false,
+		"10.0.0.7":        true, // a network of two has no broadcast address
+		"10.0.0.9":        true,
+		"10.9.0.3":        false,
+		"255.255.255.255": false,
+		"224.0.0.0":       false,
+		"::":              true,
+		"::1":             true,
+		"fd00::ff":        true,
+		"ff05::2":         false,
+	} {
+		ip, _ := netip.ParseAddr(text)
+		if got := joinable(ip, addrs); got != want {
+			t.Errorf("%q: %t, want %t", text, got, want)
+		}
+	}
+}
+
+func TestReachable(t *testing.T) {
+	for _, test := range []struct {
+		listening string
+		addrs     string // of the interfaces
+		want      string
+	}{
+		{"::", "127.0.0.1/8 ::1/128 192.168.1.20/24 fe80::1/64 fd00::1/64 169.254.3.4/16 203.0.113.9/24", "192.168.1.20 203.0.113.9"},
+		{"0.0.0.0", "127.0.0.1/8 10.0.0.1/8", "10.0.0.1"},
+		{"::", "127.0.0.1/8", ""},
+		{"::", "10.0.0.1/8 10.0.0.2/8 10.0.0.3/8 10.0.0.4/8 10.0.0.5/8 10.0.0.6/8", "10.0.0.1 10.0.0.2 10.0.0.3 10.0.0.4 10.0.0.5"},
+		{"192.168.1.20", "192.168.1.20/24 10.0.0.1/8", "192.168.1.20"},
+		{"fd00::1", "192.168.1.20/24 fd00::1/64", "fd00::1"},
+		{"127.0.0.1", "127.0.0.1/8 10.0.0.1/8", ""},
+		{"127.0.1.1", "127.0.0.1/8 10.0.0.1/8", ""},
+		{"::1", "::1/128 10.0.0.1/8", ""},
+		{"169.254.3.4", "169.254.3.4/16 10.0.0.1/8", ""},
+		{"fe80::1", "fe80::1/64 10.0.0.1/8", ""},
+	} {
+		addrs := parseAddrs(t, test.addrs)
+		if got := strings.Join(reachable(net.ParseIP(test.listening), addrs), " "); got != test.want {
+			t.Errorf("listening on %s with %s: %q, want %q", test.listening, test.addrs, got, test.want)
+		}
+	}
+}
+
+// A file that the system refuses is named with where its name is from, and with what to do.
+func TestChainFileError(t *testing.T) {
+	set := settings{chainFile: "x", chainFileSource: " (from .env)"}
+	refused := func(err error) error { return &fs.PathError{Op: "open", Path: "x", Err: err} }
+	const remedy = "; let the user who starts the server write the file and its directory, or choose another file: CHAIN_FILE=FILE"
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{refused(syscall.EACCES), `cannot use "x" for CHAIN_FILE (from .env): open x: permission denied` + remedy},
+		{refused(syscall.EROFS), `cannot use "x" for CHAIN_FILE (from .env): open x: read-only file system` + remedy},
+		{refused(syscall.ENOENT), `cannot use "x" for CHAIN_FILE (from .env): open x: no such file or directory; make the directory first, or choose another file: CHAIN_FILE=FILE`},
+		{refused(syscall.EISDIR), `cannot use "x" for CHAIN_FILE (from .env): open x: is a directory`},
+		{errors.New("line 1: it is empty"), `cannot use "x" for CHAIN_FILE: line 1: it is empty`},
+	} {
+		if err := chainFileError(set, test.err); err.Error() != test.want || !errors.Is(err, test.err) {
+			t.Errorf("%v\nwant %s", err, test.want)
+		}
 	}
 }
 

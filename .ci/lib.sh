@@ -50,11 +50,12 @@ soon() {
 }
 
 # start NAME COMMAND starts a shell's command in a process group of its own, as a
-# terminal does. Its outputs go to NAME.out and NAME.err, its group is $group.
+# terminal does, and with SIGINT not ignored, even if run itself is in the background. Its
+# outputs go to NAME.out and NAME.err, its group is $group.
 start() {
 	rm -f "$work/$1".{out,err} # before anybody looks for what this one says
 	set -m
-	bash -c "$2" </dev/null >"$work/$1.out" 2>"$work/$1.err" &
+	env --default-signal=INT bash -c "$2" </dev/null >"$work/$1.out" 2>"$work/$1.err" &
 	group=$!
 	set +m
 	groups+=("$group")
@@ -72,7 +73,7 @@ interrupt() {
 }
 
 # listening LOG prints the port that the server with this log listens on.
-listening() { sed -n 's/.* listening on .*:\([0-9]*\);.*/\1/p' "$1" 2>/dev/null | tail -n 1 | grep .; }
+listening() { sed -n 's/.* listening on [^;]*:\([0-9]*\);.*/\1/p' "$1" 2>/dev/null | tail -n 1 | grep .; }
 
 # window NAME COMMAND types the command into a new terminal. NAME.raw is what it shows.
 window() {
