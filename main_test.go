@@ -1043,6 +1043,16 @@ func TestPrecedence(t *testing.T) {
 	}
 }
 
+// HOST takes an IPv6 address with or without its brackets.
+func TestBrackets(t *testing.T) {
+	for value, want := range map[string]string{"::1": "::1", "[::1]": "::1", "[::1": "[::1", "::1]": "::1]", "[": "["} {
+		inDirectory(t, "HOST="+value)
+		if set, _, err := readSettings(); err != nil || set.host != want {
+			t.Errorf("HOST=%s: %q, %v, want %q", value, set.host, err, want)
+		}
+	}
+}
+
 func TestBadSettings(t *testing.T) {
 	const duration = ": it must be a duration of at least 1ms, such as 30s or 1m30s"
 	const unjoinable = ": a multicast or broadcast address cannot be joined; it must be a name or an address of this machine, or empty for all of them"
