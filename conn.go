@@ -348,10 +348,11 @@ func (s *server) broadcast(chain [][]byte) {
 
 // enqueue enqueues a message for every validator that was not in an earlier draw for the
 // last time, without waiting, and returns their clients.
-func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) (validators []*client) {
+func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) <-chan *client {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	validators = make([]*client, 0, len(s.clients))
+	validators := make(chan *client, len(s.clients))
+	defer close(validators)
 	for c := range s.clients {
 		select {
 		case <-c.removed:
@@ -360,7 +361,7 @@ func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) (validato
 		}
 		if c.validator != nil {
 			c.Enqueue(messageFor(c))
-			validators = append(validators, c)
+			validators <- c
 		}
 	}
 	return validators
@@ -371,13 +372,16 @@ func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) (validato
 //
 // A few workers write, since the stacks of ten thousand goroutines would stay with the
 // process. A client that takes nothing blocks its worker, so after each step fanOut
-// starts more of them, twice as many as the last time, unless the workers will be done soon.
-func fanOut(step time.Duration, clients []*client) {
-	next := make(chan *client)
-	defer close(next)
+// starts more of them, twice as many as the last time, unless the others will soon be done.
+func fanOut(step time.Duration, clients <-chan *client) {
+	none := make(chan struct{}, 1) // of the clients are left
 	work := func() {
-		for c := range next {
+		for c := range clients {
 			c.Flush()
+		}
+		select {
+		case none <- struct{}{}:
+		default:
 		}
 	}
 	workers := runtime.GOMAXPROCS(0)
@@ -386,18 +390,22 @@ func fanOut(step time.Duration, clients []*client) {
 	}
 	steps := time.NewTicker(step)
 	defer steps.Stop()
-	for left, atStep := clients, len(clients); len(left) > 0; {
+	for before := len(clients); ; {
 		select {
-		case next <- left[0]:
-			left = left[1:]
+		case <-none:
+			return
 		case <-steps.C:
-			if done := atStep - len(left); 8*done < len(left) {
-				workers *= 2
-				for range workers {
-					go work()
-				}
-			}
-			atStep = len(left)
 		}
+		left := len(clients)
+		if left == 0 {
+			return
+		}
+		if done := before - left; 8*done < left {
+			workers *= 2
+			for range workers {
+				go work()
+			}
+		}
+		before = left
 	}
 }

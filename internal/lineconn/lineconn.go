@@ -27,6 +27,9 @@ const (
 	// maxReplies bounds the replies that wait. While so many do, no line is read.
 	maxReplies = 64
 
+	// maxWrite is how long it takes at most to write replies to a client that is not behind.
+	maxWrite = 10 * time.Millisecond
+
 	// After the last line, what the client still sends is read and thrown away until it
 	// has sent nothing for maxSilence, or for maxDrain in all.
 	maxSilence = time.Second
@@ -53,9 +56,10 @@ type TCPConn interface {
 // ReadLine, Write, AvailableBuffer and Close; the other methods are for all goroutines.
 //
 // Replies and messages are written through one queue, in order. Whoever has added to it
-// and finds nobody writing writes, as in ergo's irc/socket.go. For the reader a goroutine
-// does, so that lines are read however slowly the client takes what is written. When
-// everything is written, no goroutine but the reader is left.
+// and finds nobody writing writes, as in ergo's irc/socket.go. But the reader writes only
+// replies, and if that may take long a goroutine does it, so that lines are read however
+// slowly the client takes what is written. When everything is written, no goroutine but
+// the reader is left.
 type Conn struct {
 	conn TCPConn
 
@@ -76,6 +80,7 @@ type Conn struct {
 	writing   bool          // somebody writes the queue
 	crlf      bool          // the client needs \r\n
 	droppable bool          // a droppable message is queued or being written
+	behind    bool          // the client may not have taken enough yet for a write to be short
 	stopping  bool          // the reader must not wait for the client any more
 	closing   bool          // nothing can be enqueued any more
 	err       error         // why the connection was reset
@@ -189,11 +194,13 @@ func (c *Conn) endLine(reading bool) {
 	c.queueRepliesLocked()
 	if len(c.queue) > 0 && !c.writing {
 		c.writing = true
-		go func() {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.writeLocked()
-		}()
+		if !c.behind {
+			c.writeLocked(true)
+		}
+		if len(c.queue) > 0 {
+			c.writing = true
+			go c.writeQueue()
+		}
 	}
 	for c.waiting >= maxReplies && !c.stopping && c.err == nil {
 		c.waitLocked()
@@ -289,14 +296,25 @@ func (c *Conn) Flush() {
 	defer c.mu.Unlock()
 	if !c.writing {
 		c.writing = true
-		c.writeLocked()
+		c.writeLocked(false)
 	}
 }
 
-// writeLocked writes the queue, except for messages that are held. The caller has set
-// c.writing, and c.mu must be held; it is released during writes.
-func (c *Conn) writeLocked() {
-	for len(c.queue) > int(c.held) {
+// writeQueue writes what is queued for the reader, which has set c.writing.
+func (c *Conn) writeQueue() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.behind = false
+	start := time.Now()
+	c.writeLocked(false)
+	c.behind = c.behind || time.Since(start) > maxWrite
+}
+
+// writeLocked writes the queue, except for messages that are held, or the replies alone
+// up to the next message. The caller has set c.writing, and c.mu must be held; it is
+// released during writes.
+func (c *Conn) writeLocked(replies bool) {
+	for len(c.queue) > int(c.held) && (!replies || c.queue[0].replies > 0) {
 		m := c.queue[0]
 		c.queue = slices.Delete(c.queue, 0, 1)
 		if m.replies > 0 {
@@ -322,6 +340,7 @@ func (c *Conn) writeLocked() {
 		c.mu.Lock()
 		if m.droppable {
 			c.droppable = false
+			c.behind = true
 		}
 		if err != nil {
 			c.failLocked(reason(err))
@@ -393,7 +412,7 @@ func (c *Conn) Close(lastLine string) {
 		c.waitLocked()
 	}
 	c.writing = true
-	c.writeLocked()
+	c.writeLocked(false)
 	failed := c.err != nil
 	c.mu.Unlock()
 	if failed {

@@ -463,33 +463,77 @@ func TestCloseWaits(t *testing.T) {
 	}
 }
 
-// Stop ends every wait of the reader, at once or, for a write, after the limit.
+// Stop ends every wait of the reader: at once, or that for a write after the limit.
 func TestStop(t *testing.T) {
-	for name, before := range map[string]func(c *client){
-		"reading":                 func(c *client) {},
-		"waiting for the client":  func(c *client) { c.send(strings.Repeat("\n", 200)) },
-		"beside somebody writing": func(c *client) { c.announce("<>") },
+	for name, test := range map[string]struct {
+		before        func(c *client)
+		ended, closed time.Duration
+		reset         bool
+	}{
+		"reading":                 {func(c *client) {}, 0, time.Second, false}, // the client is silent for a second
+		"beside somebody writing": {func(c *client) { c.announce("<>") }, 0, 2 * time.Second, true},
+		"waiting for room": {func(c *client) {
+			c.announce("<>")
+			c.send(strings.Repeat("\n", 200))
+		}, 0, 2 * time.Second, true},
+		"writing": {func(c *client) { c.send("a\n") }, 2 * time.Second, 2 * time.Second, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			run(t, func(c *client) {
 				done := c.echo()
-				before(c)
+				test.before(c)
 				start := time.Now()
 				c.Stop(2 * time.Second)
-				if err := <-done; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != 0 {
-					t.Errorf("ReadLine: %v after %v", err, time.Since(start))
+				if err := <-done; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != test.ended {
+					t.Errorf("ReadLine: %v after %v, want %v", err, time.Since(start), test.ended)
 				}
 				<-done
-				want := 2 * time.Second // what is written is not taken
-				if name == "reading" {
-					want = time.Second // it has nothing to write, and the client is silent
-				}
-				if d := time.Since(start); d != want || c.its.WasReset() != (name != "reading") {
-					t.Errorf("closed after %v, reset: %v, want %v", d, c.its.WasReset(), want)
+				if d := time.Since(start); d != test.closed || c.its.WasReset() != test.reset {
+					t.Errorf("closed after %v, reset: %v, want %v, %v", d, c.its.WasReset(), test.closed, test.reset)
 				}
 			})
 		})
 	}
+}
+
+// After a droppable message, which may be long, the reader writes no replies until one of
+// them has been taken at once, since it would wait for the client. Nor does it ever write
+// a message.
+func TestReaderDoesNotWait(t *testing.T) {
+	run(t, func(c *client) {
+		c.echo()
+		c.Enqueue(NewDroppableMessage([]byte("<>")))
+		go c.Flush()
+		c.want("<>")
+		read := func(lines string) {
+			t.Helper()
+			c.peer.SetWriteDeadline(time.Now().Add(time.Second))
+			if _, err := io.WriteString(c.peer, lines); err != nil {
+				t.Fatalf("%q is not read: %v", lines, err)
+			}
+			synctest.Wait()
+		}
+		read("a\n")
+		read("b\n")
+		read("c\n")
+		time.Sleep(20 * time.Millisecond)
+		c.want("[a][b][c]")
+		read("d\n") // the replies before it were taken late
+		read("e\n")
+		c.want("[d][e]")
+		read("f\n") // now the reader waits
+		c.announce("<>")
+		c.announce("<>")
+		c.peer.SetWriteDeadline(time.Now().Add(time.Second))
+		if _, err := io.WriteString(c.peer, "g\n"); err == nil {
+			t.Error("a line is read while the reader writes")
+		}
+		c.peer.SetReadDeadline(time.Time{})
+		io.ReadFull(c.peer, make([]byte, len("[f]")))
+		synctest.Wait()
+		read("h\n") // and somebody else writes the messages
+		c.want("<><>[h]")
+	})
 }
 
 // Whatever ends the connection is why it was reset, also to the reader.
