@@ -213,13 +213,13 @@ func TestLatest(t *testing.T) {
 // A chunk takes objects until the next one with its comma would make it grow.
 func TestChunks(t *testing.T) {
 	smallChunks(t)
-	for length, want := range map[int][]int{384: {10 * 385, 385}, 349: {11 * 350, 0}, 350: {10 * 351, 351}} {
+	for length, want := range map[int][]int{384: {10 * 385, 2 * 385}, 350: {10 * 351, 2 * 351}, 349: {11 * 350, 350}, 320: {11 * 321, 321}} {
 		c := &Blockchain{limit: math.MaxInt}
-		for i := range 11 {
+		for i := range 12 {
 			c.add(Block{Index: i}, bytes.Repeat([]byte("x"), length))
 		}
 		for i, chunk := range c.chunks {
-			if len(chunk) != want[i] || cap(chunk) != 10*385 {
+			if len(c.chunks) != len(want) || len(chunk) != want[i] || cap(chunk) != 10*385 {
 				t.Errorf("with objects of %d bytes chunk %d has %d bytes of %d, want %d", length, i, len(chunk), cap(chunk), want)
 			}
 		}
@@ -686,7 +686,13 @@ func TestFileInUse(t *testing.T) {
 	writeFile(t, name, text)
 	appendBlock(t, c)
 	closeChain(c)
-	open(t, name)
+	closeChain(open(t, name))
+	writeFile(t, name, []byte("no chain"))
+	if _, err := openBlockchain(name, 0, log.New(io.Discard, "", 0)); err == nil {
+		t.Error("no chain was taken for one")
+	}
+	writeFile(t, name, text)
+	open(t, name) // a file that was refused is not locked
 }
 
 // A recordingFile records what is synced: "dir", and of the file the number of whole lines
