@@ -762,9 +762,9 @@ func TestGivenUp(t *testing.T) {
 	})
 	runServer(t, func(ts *testServer) { // after it has half-closed
 		c := ts.joinStalled()
-		c.send("72\n")
 		c.halfClose()
 		ts.wantLog(" disconnects; its stake counts until the next draw\n")
+		ts.announce(new(validator), 0)
 		ts.advance(30 * time.Second)
 		ts.wantValidators(0, 0)
 		ts.advance(tcptest.UserTimeout)

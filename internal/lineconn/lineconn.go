@@ -37,13 +37,18 @@ const (
 )
 
 var (
-	ErrLineTooLong = errors.New("the line is too long")
 	ErrInterrupted = errors.New("it was interrupted by Ctrl-C")
 
 	// The client is too slow, and the connection was reset.
 	ErrQueueFull = fmt.Errorf("it is %d messages behind", MaxQueue)
 	ErrTimeout   = errors.New("it has stopped reading or is no longer there")
 )
+
+// A LineError is a line that is too long, or otherwise not what was asked for, in at most
+// MaxLine bytes.
+type LineError string
+
+func (e LineError) Error() string { return fmt.Sprintf("got %q", string(e)) }
 
 // A TCPConn is what a Conn needs of a net.TCPConn.
 type TCPConn interface {
@@ -130,10 +135,10 @@ func crlf(text []byte) []byte {
 	return bytes.ReplaceAll(text, []byte("\n"), []byte("\r\n"))
 }
 
-// ReadLine returns the next line without its end; it is valid until the next call. The
-// last line needs no end. Its error is io.EOF if the client has ended its input,
-// ErrInterrupted, ErrLineTooLong with the first MaxLine+1 bytes of the line, the reason
-// why the connection was reset, or what Read returns.
+// ReadLine returns the next line without its end and the blanks around it; it is valid
+// until the next call. The last line needs no end. The error is io.EOF if the client has
+// ended its input, ErrInterrupted, a LineError if the line is longer than MaxLine, the
+// reason why the connection was reset, or what Read returns.
 func (c *Conn) ReadLine() ([]byte, error) {
 	c.endLine(false)
 	line := c.input[c.next:c.next]
@@ -142,9 +147,10 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		c.next = c.received - uint8(len(rest))
 		switch end {
 		case telnet.LineEnd:
-			return text, nil
+			return bytes.TrimSpace(text), nil
 		case telnet.TooLong:
-			return text, ErrLineTooLong
+			text = bytes.TrimSpace(text)
+			return nil, LineError(text[:min(len(text), MaxLine)])
 		case telnet.Interrupt:
 			return nil, ErrInterrupted
 		case telnet.EndOfInput:
@@ -153,33 +159,33 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			continue
 		}
 		line = c.input[:copy(c.input[:], text)]
-		n, err := c.read(c.input[len(line):])
+		c.endLine(true)
+		n, err := c.conn.Read(c.input[len(line):])
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
-		if err != nil && err != io.EOF {
+		if err = c.beginLine(err); err != nil && err != io.EOF {
 			return nil, err
 		}
 		c.ended = err == io.EOF
 	}
 	if len(line) > 0 {
 		c.next = c.received
-		return line, nil
+		return bytes.TrimSpace(line), nil
 	}
 	c.endLine(true)
 	return nil, io.EOF
 }
 
-// read reads from the connection after all replies have been passed on to be written.
-func (c *Conn) read(p []byte) (int, error) {
-	c.endLine(true)
-	n, err := c.conn.Read(p)
+// beginLine holds messages until endLine. It returns why nothing can be read any more:
+// err, what Read has returned, or what was the reason for that.
+func (c *Conn) beginLine(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.handling = true
 	if err = reason(err); err != ErrTimeout && c.err != nil {
-		err = c.err
+		return c.err
 	}
-	return n, err
+	return err
 }
 
 // endLine ends the handling of a line: what was held goes behind its reply. If the reader

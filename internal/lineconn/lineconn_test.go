@@ -107,10 +107,13 @@ func TestReadLine(t *testing.T) {
 		{"a\nb\n", "a|b", io.EOF},
 		{"a\n\n", "a|", io.EOF},
 		{"a\nb", "a|b", io.EOF}, // the last line needs no end
-		{"a\n \n ", "a| | ", io.EOF},
+		{"a\n \n ", "a||", io.EOF},
+		{"\t a b \n", "a b", io.EOF},
 		{long + "\n" + long, long + "|" + long, io.EOF},
-		{long + long + "\n", long + "x", ErrLineTooLong},
-		{"a\n" + long + "y\nb\n", "a|" + long + "y", ErrLineTooLong},
+		{long + long + "\n", "", LineError(long)},
+		{"a\n " + long + "\nb\n", "a", LineError(long)},
+		{long[2:] + "  z\n", "", LineError(long[2:] + "  ")},
+		{strings.Repeat(" ", MaxLine+1), "", LineError("")},
 		{"a\nb\x03c\n", "a", ErrInterrupted},
 		{"a\nb\x04c\nd\n", "a|b", io.EOF},
 		{"a\n\x04b\n", "a", io.EOF},
@@ -128,9 +131,6 @@ func TestReadLine(t *testing.T) {
 				var lines []string
 				line, err := c.ReadLine()
 				for ; err == nil; line, err = c.ReadLine() {
-					lines = append(lines, string(line))
-				}
-				if err == ErrLineTooLong {
 					lines = append(lines, string(line))
 				}
 				if got := strings.Join(lines, "|"); got != test.lines || err != test.err {
