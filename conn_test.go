@@ -938,7 +938,8 @@ func TestFanOutWorkers(t *testing.T) {
 		{300 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 3*12) * processors},
 		{200 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 12) * processors},
 	} {
-		runServer(t, func(ts *testServer) {
+		set := func(s *server) { s.maxValidators = test.clients }
+		runServerWith(t, set, func(ts *testServer) {
 			var late, taken atomic.Int64
 			late.Store(int64(test.late))
 			for range test.clients {
