@@ -93,7 +93,7 @@ type Conn struct {
 }
 
 // New returns a Conn for the connection.
-func New(conn TCPConn) *Conn { return &Conn{conn: conn, handling: true} }
+func New(conn TCPConn) *Conn { return &Conn{conn: conn} }
 
 // RemoteAddr returns the client's address.
 func (c *Conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
@@ -169,7 +169,6 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		c.ended = err == io.EOF
 	}
 	if len(line) > 0 {
-		c.next = c.received
 		return bytes.TrimSpace(line), nil
 	}
 	c.endLine(true)
