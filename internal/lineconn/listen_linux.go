@@ -6,8 +6,16 @@ import (
 	"time"
 )
 
-// tcpUserTimeout is TCP_USER_TIMEOUT, which package syscall does not have everywhere.
-const tcpUserTimeout = 18
+// Options of IPPROTO_TCP that package syscall does not have everywhere.
+const (
+	tcpUserTimeout = 18 // TCP_USER_TIMEOUT
+	tcpRTOMax      = 44 // TCP_RTO_MAX_MS, since Linux 6.15
+)
+
+// maxRetry is the longest that TCP waits before it sends again what was not acknowledged.
+// By itself it waits twice as long after each try, and after a failure of the link for
+// 20 s the next try may come too late for the timeout.
+const maxRetry = 5 * time.Second
 
 // writeBuffer bounds in bytes what the kernel holds for a client that reads slowly; Linux
 // takes twice as much. Left to itself it would hold 4 MB.
@@ -36,6 +44,7 @@ func listenConfig(timeout time.Duration) net.ListenConfig {
 						err = syscall.SetsockoptInt(int(fd), option.level, option.name, option.value)
 					}
 				}
+				syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpRTOMax, int(maxRetry.Milliseconds())) // if there is the option
 			}
 			if failed := conn.Control(set); failed != nil {
 				return failed
