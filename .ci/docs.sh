@@ -19,7 +19,7 @@ skipped=(
 commands_in() {
 	awk -v inline="$([[ $1 == docs/protocol.md ]] || echo 1)" '
 		/^```/ { fenced = !fenced; next }
-		fenced { if (sub(/^\$ /, "")) { sub(/ +# .*/, ""); print }; next }
+		fenced { if (sub(/^\$ /, "")) print; next }
 		!inline { next }
 		{
 			parts = split($0, part, "`")
