@@ -83,6 +83,13 @@ window() {
 	type_in "$1" "$2"
 }
 
+# enter WINDOW KEYS types keys that are no line and then Enter, each as tmux names it.
+enter() {
+	local window=$1 key
+	shift
+	for key in "$@" Enter; do press "$window" "$key"; done
+}
+
 type_in() { tmux -S "$work/tmux" send-keys -t "$1" -l "$2" && press "$1" Enter; }
 press() { tmux -S "$work/tmux" send-keys -t "$1" "$2"; }
 screen() { tmux -S "$work/tmux" capture-pane -p -J -S - -t "$1"; }

@@ -85,13 +85,6 @@ plink_session() {
 	pass 'plink -telnet from joining to a winner'
 }
 
-# enter WINDOW KEYS types keys that are no line and then Enter, each as tmux names it.
-enter() {
-	local window=$1 key
-	shift
-	for key in "$@" Enter; do press "$window" "$key"; done
-}
-
 # bpm_of_block INDEX prints the BPM of a block in the chain's file.
 bpm_of_block() { sed -n "$(($1 + 1))p" "$work/typed.jsonl" | jq .BPM; }
 
