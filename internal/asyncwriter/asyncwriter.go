@@ -28,6 +28,7 @@ type Writer struct {
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
+	full    bool          // a write did not fit; all are left out until the queue is empty
 	written chan struct{} // closed when writeQueue ends; nil if it does not run
 	omitted int           // writes left out since leftOut was last called
 	err     error         // of the last write that failed since then
@@ -44,7 +45,8 @@ func New(dst io.Writer, leftOut func(writes int, reason error)) *Writer {
 func (w *Writer) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.size+len(p) > maxQueue || w.omitted > 0 && len(w.queue) > 0 {
+	w.full = w.size+len(p) > maxQueue || w.full && len(w.queue) > 0
+	if w.full {
 		w.omitted++
 	} else {
 		w.enqueueLocked(p)

@@ -154,6 +154,37 @@ func TestWriteFails(t *testing.T) {
 	})
 }
 
+// After one that fails, writes are queued as before.
+func TestWriteAfterFailure(t *testing.T) {
+	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+		r.err = errors.New("no space left on device")
+		io.WriteString(w, "a")
+		io.WriteString(w, "b")
+		r.open <- struct{}{}
+		synctest.Wait()
+		r.err = nil
+		io.WriteString(w, "c") // b is still being written
+		close(r.open)
+		synctest.Wait()
+		if r.text.String() != "bc" || report.String() != "1: no space left on device\n" {
+			t.Errorf("written: %q, reported %q", r.text.String(), report)
+		}
+	})
+}
+
+// A write that is larger than the bound is left out, and nothing else.
+func TestTooLarge(t *testing.T) {
+	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+		close(r.open)
+		w.Write(make([]byte, 1<<20+1))
+		io.WriteString(w, "a")
+		synctest.Wait()
+		if r.text.String() != "a" || report.String() != "1: it was not read\n" {
+			t.Errorf("written: %.100q, reported %q", r.text.String(), report)
+		}
+	})
+}
+
 // Flush waits for the reader, but not after the deadline, and reports what is left.
 func TestFlush(t *testing.T) {
 	run(t, func(w *Writer, r *reader, report *strings.Builder) {

@@ -27,7 +27,7 @@ const (
 	// maxReplies bounds the replies that wait. While so many do, no line is read.
 	maxReplies = 64
 
-	// maxWrite is how long it takes at most to write replies to a client that is not behind.
+	// If a goroutine takes longer than maxWrite to write the queue, the client is behind.
 	maxWrite = 10 * time.Millisecond
 
 	// After the last line, what the client still sends is read and thrown away until it
@@ -78,8 +78,8 @@ type Conn struct {
 
 	mu        sync.Mutex // guards the following; never held during a write
 	queue     []*Message
-	held      uint8         // messages at the end of queue that wait until the reader has replied to a line
-	messages  uint8         // in queue, replies not counted
+	held      []*Message    // messages that wait until the reader has replied to a line
+	messages  uint8         // in queue and held, replies not counted
 	waiting   uint8         // replies in queue
 	handling  bool          // the reader is not in Read, so that messages are held
 	writing   bool          // somebody writes the queue
@@ -138,7 +138,9 @@ func crlf(text []byte) []byte {
 // ReadLine returns the next line without its end and the blanks around it; it is valid
 // until the next call. The last line needs no end. The error is io.EOF if the client has
 // ended its input, ErrInterrupted, a LineError if the line is longer than MaxLine, the
-// reason why the connection was reset, or what Read returns.
+// reason why the connection was reset, or what Read returns. (If the system gives up the
+// client it tells only one of who reads and who writes, so the error may be io.EOF although
+// Err will be ErrTimeout.)
 func (c *Conn) ReadLine() ([]byte, error) {
 	c.endLine(false)
 	line := c.input[c.next:c.next]
@@ -152,6 +154,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			text = bytes.TrimSpace(text)
 			return nil, LineError(text[:min(len(text), MaxLine)])
 		case telnet.Interrupt:
+			c.interrupt()
 			return nil, ErrInterrupted
 		case telnet.EndOfInput:
 			c.ended = true
@@ -163,7 +166,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		n, err := c.conn.Read(c.input[len(line):])
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
-		if err = c.beginLine(err); err != nil && err != io.EOF {
+		if err = c.afterRead(err); err != nil && err != io.EOF {
 			return nil, err
 		}
 		c.ended = err == io.EOF
@@ -175,25 +178,36 @@ func (c *Conn) ReadLine() ([]byte, error) {
 	return nil, io.EOF
 }
 
-// beginLine holds messages until endLine. It returns why nothing can be read any more:
-// err, what Read has returned, or what was the reason for that.
-func (c *Conn) beginLine(err error) error {
+// afterRead holds messages from now on, until endLine. It returns why nothing can be read
+// any more, if err is what Read has returned.
+func (c *Conn) afterRead(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.handling = true
-	if err = reason(err); err != ErrTimeout && c.err != nil {
+	if c.err != nil {
 		return c.err
 	}
-	return err
+	return reason(err)
+}
+
+// interrupt resets the connection if something is being written, for which Close would
+// wait.
+func (c *Conn) interrupt() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.writing {
+		c.failLocked(ErrInterrupted)
+	}
 }
 
 // endLine ends the handling of a line: what was held goes behind its reply. If the reader
-// is about to read, or if too many replies wait, they are written now.
+// goes on to Read, or waits for something else, or if too many replies wait, they are
+// written now.
 func (c *Conn) endLine(reading bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.crlf = c.filter.CRLF()
-	if !reading && c.held == 0 && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
+	if !reading && c.held == nil && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
 		return
 	}
 	c.queueRepliesLocked()
@@ -213,16 +227,15 @@ func (c *Conn) endLine(reading bool) {
 	c.handling = !reading
 }
 
-// queueRepliesLocked queues the replies, before the messages that are held until then,
-// and holds none any more. c.mu must be held.
+// queueRepliesLocked queues the replies, and behind them the messages that are held until
+// then. c.mu must be held.
 func (c *Conn) queueRepliesLocked() {
 	if c.replies != nil && c.err == nil {
-		c.queue = slices.Insert(c.queue, len(c.queue)-int(c.held), c.replies)
+		c.queue = append(c.queue, c.replies)
 		c.waiting += c.replies.replies
 	}
-	c.replies = nil
-	c.held = 0
-	c.handling = false
+	c.queue = append(c.queue, c.held...)
+	c.replies, c.held, c.handling = nil, nil, false
 }
 
 // waitLocked waits for a change of what c.mu guards. c.mu must be held; it is released
@@ -264,11 +277,12 @@ func (c *Conn) AvailableBuffer() []byte {
 // Write replies to the line that ReadLine has returned. Its line ends are \n. It never
 // waits and never fails.
 func (c *Conn) Write(p []byte) (int, error) {
-	m := c.reply()
+	text := p
 	if c.filter.CRLF() {
-		p = crlf(p)
+		text = crlf(p)
 	}
-	m.text[0] = append(m.text[0], p...)
+	m := c.reply()
+	m.text[0] = append(m.text[0], text...)
 	m.replies++
 	return len(p), nil
 }
@@ -287,11 +301,12 @@ func (c *Conn) Enqueue(m *Message) {
 		c.failLocked(ErrQueueFull)
 		return
 	}
-	c.queue = append(c.queue, m)
 	c.messages++
 	c.droppable = c.droppable || m.droppable
 	if c.handling {
-		c.held++
+		c.held = append(c.held, m)
+	} else {
+		c.queue = append(c.queue, m)
 	}
 }
 
@@ -315,11 +330,10 @@ func (c *Conn) writeQueue() {
 	c.behind = c.behind || time.Since(start) > maxWrite
 }
 
-// writeLocked writes the queue, except for messages that are held, or the replies alone
-// up to the next message. The caller has set c.writing, and c.mu must be held; it is
-// released during writes.
+// writeLocked writes the queue, or the replies alone up to the next message. The caller
+// has set c.writing, and c.mu must be held; it is released during writes.
 func (c *Conn) writeLocked(replies bool) {
-	for len(c.queue) > int(c.held) && (!replies || c.queue[0].replies > 0) {
+	for len(c.queue) > 0 && (!replies || c.queue[0].replies > 0) {
 		m := c.queue[0]
 		c.queue = slices.Delete(c.queue, 0, 1)
 		if m.replies > 0 {
@@ -355,28 +369,27 @@ func (c *Conn) writeLocked(replies bool) {
 	c.wakeLocked()
 }
 
-// reason returns ErrTimeout for an error that says that the system has given up the client.
+// reason returns ErrTimeout for an error that says that the system has given up the client:
+// a timeout or, if the system knows of one, what has kept its packets from the client.
 func reason(err error) error {
-	if errors.Is(err, syscall.ETIMEDOUT) {
-		return ErrTimeout
+	for _, errno := range [...]syscall.Errno{syscall.ETIMEDOUT, windowsETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH} {
+		if errors.Is(err, errno) {
+			return ErrTimeout
+		}
 	}
 	return err
 }
 
-// Reset closes the connection at once because of the error. What the client has not taken
-// is discarded.
-func (c *Conn) Reset(err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.failLocked(err)
-}
+// windowsETIMEDOUT is WSAETIMEDOUT; package syscall's ETIMEDOUT is another number there.
+const windowsETIMEDOUT = syscall.Errno(10060)
 
-// failLocked is Reset. c.mu must be held.
+// failLocked resets the connection because of the error. What the client has not taken is
+// discarded. c.mu must be held.
 func (c *Conn) failLocked(err error) {
 	if c.err == nil {
 		c.err = err
 	}
-	c.queue, c.held, c.messages, c.waiting = nil, 0, 0, 0
+	c.queue, c.held, c.messages, c.waiting = nil, nil, 0, 0
 	c.conn.SetLinger(0)
 	c.conn.Close()
 	c.wakeLocked()
@@ -392,10 +405,12 @@ func (c *Conn) Err() error {
 // Stop has ReadLine fail with os.ErrDeadlineExceeded, also while it waits for the client,
 // and resets the connection if something is still to be written after the limit.
 func (c *Conn) Stop(limit time.Duration) {
-	c.conn.SetReadDeadline(time.Now())
 	c.conn.SetWriteDeadline(time.Now().Add(limit))
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !c.closing {
+		c.conn.SetReadDeadline(time.Now())
+	}
 	c.stopping = true
 	c.wakeLocked()
 }
@@ -432,5 +447,6 @@ func (c *Conn) Close(lastLine string) {
 		c.conn.SetReadDeadline(deadline)
 		_, err = c.conn.Read(discarded)
 	}
+	beforeClose(c.conn)
 	c.conn.Close()
 }

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -538,21 +540,15 @@ func TestReaderDoesNotWait(t *testing.T) {
 
 // Whatever ends the connection is why it was reset, also to the reader.
 func TestReset(t *testing.T) {
-	why := errors.New("why")
-	run(t, func(c *client) {
-		done := c.echo()
-		c.Reset(why)
-		c.Reset(errors.New("later"))
-		if err := <-done; err != why || c.Err() != why || !c.its.WasReset() {
-			t.Errorf("ReadLine: %v, Err: %v, reset: %v", err, c.Err(), c.its.WasReset())
-		}
-	})
 	run(t, func(c *client) { // the reader waits for room
 		done := c.echo()
+		c.announce("<>")
 		c.send(strings.Repeat("\n", 200))
-		c.Reset(why)
-		if err := <-done; err != why {
-			t.Errorf("ReadLine: %v", err)
+		for range 1 + MaxQueue {
+			c.announce("<>")
+		}
+		if err := <-done; err != ErrQueueFull || c.Err() != ErrQueueFull || !c.its.WasReset() {
+			t.Errorf("ReadLine: %v, Err: %v, reset: %v", err, c.Err(), c.its.WasReset())
 		}
 	})
 	run(t, func(c *client) { // the client takes nothing
@@ -561,6 +557,84 @@ func TestReset(t *testing.T) {
 		c.announce("<>")
 		if err := <-done; err != ErrTimeout || c.Err() != ErrTimeout {
 			t.Errorf("ReadLine: %v, Err: %v", err, c.Err())
+		}
+	})
+	for _, err := range []error{syscall.ETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.Errno(10060)} {
+		if got := reason(&net.OpError{Op: "read", Err: os.NewSyscallError("read", err)}); got != ErrTimeout {
+			t.Errorf("the reason for %v is %v", err, got)
+		}
+	}
+	if got := reason(syscall.ECONNRESET); got != syscall.ECONNRESET {
+		t.Errorf("the reason for ECONNRESET is %v", got)
+	}
+}
+
+// Ctrl-C hangs up at once, also while something is being written. Otherwise the replies
+// to the lines before it are still written.
+func TestInterrupt(t *testing.T) {
+	run(t, func(c *client) {
+		done := c.echo()
+		c.announce("<>")
+		start := time.Now()
+		c.send("a\nb\x03")
+		if err := <-done; err != ErrInterrupted || !c.its.WasReset() {
+			t.Errorf("ReadLine: %v, reset: %v", err, c.its.WasReset())
+		}
+		<-done
+		if d := time.Since(start); d != 0 {
+			t.Errorf("closed after %v", d)
+		}
+	})
+	run(t, func(c *client) {
+		done := c.echo()
+		c.send("a\nb\x03")
+		if err := <-done; err != ErrInterrupted {
+			t.Errorf("ReadLine: %v", err)
+		}
+		c.want("[a]")
+		c.peer.Close()
+		<-done
+		if c.its.WasReset() {
+			t.Error("the connection was reset")
+		}
+	})
+}
+
+// The line ends of what waits at a Close are those that the line before it asks for.
+func TestCloseLineEnds(t *testing.T) {
+	run(t, func(c *client) {
+		go func() {
+			c.ReadLine()
+			c.Enqueue(NewMessage([]byte("<\n>")))
+			c.Conn.Close("\nend\n")
+		}()
+		c.send("x\r")
+		c.want("<\r\n>\r\nend\r\n")
+		c.peer.Close()
+	})
+}
+
+// A Stop does not cut short the wait after a last line.
+func TestStopWhileClosing(t *testing.T) {
+	run(t, func(c *client) {
+		go io.Copy(io.Discard, c.peer)
+		start := time.Now()
+		time.AfterFunc(100*time.Millisecond, func() { c.Stop(2 * time.Second) })
+		c.Conn.Close("end")
+		if d := time.Since(start); d != time.Second {
+			t.Errorf("closed after %v", d)
+		}
+	})
+}
+
+// Write returns how many bytes it was given, whatever it makes of them.
+func TestWrite(t *testing.T) {
+	run(t, func(c *client) {
+		c.send("x\r")
+		go c.ReadLine()
+		c.send("x\r")
+		if n, err := io.WriteString(c.Conn, "a\nb"); n != 3 || err != nil {
+			t.Errorf("Write: %d, %v", n, err)
 		}
 	})
 }

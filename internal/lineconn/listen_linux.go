@@ -17,6 +17,21 @@ const (
 // 20 s the next try may come too late for the timeout.
 const maxRetry = 5 * time.Second
 
+// beforeClose undoes maxRetry. A closed connection whose client takes nothing for so long
+// is given up by Linux, and with it the last line.
+func beforeClose(conn TCPConn) {
+	if conn, ok := conn.(syscall.Conn); ok {
+		if raw, err := conn.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { setMaxRetry(fd, 2*time.Minute) })
+		}
+	}
+}
+
+// setMaxRetry has no effect on a system without the option.
+func setMaxRetry(fd uintptr, d time.Duration) {
+	syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpRTOMax, int(d.Milliseconds()))
+}
+
 // writeBuffer bounds in bytes what the kernel holds for a client that reads slowly; Linux
 // takes twice as much. Left to itself it would hold 4 MB.
 const writeBuffer = 256 << 10
@@ -44,7 +59,7 @@ func listenConfig(timeout time.Duration) net.ListenConfig {
 						err = syscall.SetsockoptInt(int(fd), option.level, option.name, option.value)
 					}
 				}
-				syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpRTOMax, int(maxRetry.Milliseconds())) // if there is the option
+				setMaxRetry(fd, maxRetry)
 			}
 			if failed := conn.Control(set); failed != nil {
 				return failed

@@ -99,11 +99,14 @@ func TestGivenUp(t *testing.T) {
 				}
 			}
 			start := time.Now() // it has stopped now
-			if err := <-ended; err != ErrTimeout {
-				t.Errorf("ReadLine: %v, want %v", err, ErrTimeout)
+			if err := <-ended; err != ErrTimeout && err != io.EOF {
+				t.Errorf("ReadLine: %v", err)
 			}
 			t.Logf("given up after %v", time.Since(start))
 			<-ended
+			if err := c.Err(); err != ErrTimeout {
+				t.Errorf("the connection was reset because of %v, want %v", err, ErrTimeout)
+			}
 			table, err := os.ReadFile("/proc/net/tcp")
 			if err != nil {
 				t.Skip(err)
@@ -113,5 +116,21 @@ func TestGivenUp(t *testing.T) {
 				t.Errorf("the system keeps %s", left)
 			}
 		})
+	}
+}
+
+// The last line arrives also if the client reads nothing for a while after the close.
+func TestLastLineWaits(t *testing.T) {
+	t.Parallel()
+	peer, its := accept(t, Timeout)
+	peer.SetReadBuffer(32 << 10)
+	c := New(its)
+	c.Enqueue(NewMessage(bytes.Repeat([]byte("x"), 200<<10)))
+	c.Flush()
+	c.Close("end\n")
+	<-time.After(13 * time.Second)
+	received, err := io.ReadAll(peer)
+	if err != nil || len(received) != 200<<10+len("end\n") || !bytes.HasSuffix(received, []byte("end\n")) {
+		t.Errorf("received %d bytes, %v", len(received), err)
 	}
 }
