@@ -391,8 +391,7 @@ func (c *Conn) failLocked(err error) {
 	}
 	c.queue, c.held, c.messages, c.waiting = nil, nil, 0, 0
 	c.conn.SetLinger(0)
-	c.conn.Close()
-	c.wakeLocked()
+	c.conn.Close() // and so the writer ends, if there is one, for which the reader may wait
 }
 
 // Err returns why the connection was reset, or nil.
