@@ -44,6 +44,61 @@ func (b *Block) marshal() []byte {
 	return object
 }
 
+// calculateBlockHash returns the hexadecimal SHA-256 of the block's JSON object
+// with an empty Hash. It covers every other field, and the object's keys keep
+// them apart.
+func calculateBlockHash(block Block) string {
+	return hashObject(block.marshal())
+}
+
+// hashObject returns calculateBlockHash of the block with this JSON object. It cuts the Hash
+// out of the text, so that checking a chain need not marshal each block again. That is right
+// since no string in a block needs escapes.
+func hashObject(object []byte) string {
+	const key = `"Hash":"`
+	start := bytes.Index(object, []byte(key)) + len(key)
+	end := start + bytes.IndexByte(object[start:], '"')
+	sum := sha256.Sum256(append(append(make([]byte, 0, maxBlock), object[:start]...), object[end:]...))
+	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
+}
+
+// beforeGenesis stands for the block that the genesis block follows.
+var beforeGenesis = Block{Index: -1}
+
+// generateBlock returns the block that follows oldBlock. The validator at address
+// proposed it at the time proposed.
+func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) Block {
+	newBlock := Block{
+		Index:     oldBlock.Index + 1,
+		Timestamp: proposed.UTC().Format(time.RFC3339Nano),
+		BPM:       BPM,
+		PrevHash:  oldBlock.Hash,
+		Validator: address,
+	}
+	newBlock.Hash = calculateBlockHash(newBlock)
+	return newBlock
+}
+
+// validateBlock returns nil if newBlock, whose JSON object is given, can follow oldBlock,
+// or else an error that says why it cannot.
+func validateBlock(newBlock Block, object []byte, oldBlock Block) error {
+	if newBlock.Index != oldBlock.Index+1 {
+		return fmt.Errorf("block %d stands where block %d belongs", newBlock.Index, oldBlock.Index+1)
+	}
+	if newBlock.Index == 0 && (newBlock.BPM != 0 || newBlock.PrevHash != "" || newBlock.Validator != "") {
+		return errors.New("block 0 is no genesis block: that has BPM 0, an empty PrevHash and an empty Validator")
+	}
+	if newBlock.PrevHash != oldBlock.Hash {
+		return fmt.Errorf("block %d does not follow: its PrevHash is %s, the Hash of block %d is %s",
+			newBlock.Index, cmp.Or(newBlock.PrevHash, "empty"), oldBlock.Index, oldBlock.Hash)
+	}
+	if hash := hashObject(object); newBlock.Hash != hash {
+		return fmt.Errorf("block %d was changed: its contents hash to %s, its Hash says %s",
+			newBlock.Index, hash, cmp.Or(newBlock.Hash, "nothing"))
+	}
+	return nil
+}
+
 // parseBlock is the inverse of marshal for a line with or without its newline, and for
 // blocks whose strings are plain. Its error says where the line differs from what marshal
 // returns for such a block. index is the one that the block should have.
@@ -124,59 +179,6 @@ var plainBytes = func() (plain [256]bool) {
 	}
 	return
 }()
-
-// calculateBlockHash returns the hexadecimal SHA-256 of the block's JSON object
-// with an empty Hash. It covers every other field, and the object's keys keep
-// them apart.
-func calculateBlockHash(block Block) string {
-	return hashObject(block.marshal())
-}
-
-// hashObject returns calculateBlockHash of the block with this JSON object.
-func hashObject(object []byte) string {
-	const key = `"Hash":"`
-	start := bytes.Index(object, []byte(key)) + len(key)
-	end := start + bytes.IndexByte(object[start:], '"')
-	sum := sha256.Sum256(append(append(make([]byte, 0, maxBlock), object[:start]...), object[end:]...))
-	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
-}
-
-// beforeGenesis stands for the block that the genesis block follows.
-var beforeGenesis = Block{Index: -1}
-
-// generateBlock returns the block that follows oldBlock. The validator at address
-// proposed it at the time proposed.
-func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) Block {
-	newBlock := Block{
-		Index:     oldBlock.Index + 1,
-		Timestamp: proposed.UTC().Format(time.RFC3339Nano),
-		BPM:       BPM,
-		PrevHash:  oldBlock.Hash,
-		Validator: address,
-	}
-	newBlock.Hash = calculateBlockHash(newBlock)
-	return newBlock
-}
-
-// validateBlock returns nil if newBlock, whose JSON object is given, can follow oldBlock,
-// or else an error that says why it cannot.
-func validateBlock(newBlock Block, object []byte, oldBlock Block) error {
-	if newBlock.Index != oldBlock.Index+1 {
-		return fmt.Errorf("block %d stands where block %d belongs", newBlock.Index, oldBlock.Index+1)
-	}
-	if newBlock.Index == 0 && (newBlock.BPM != 0 || newBlock.PrevHash != "" || newBlock.Validator != "") {
-		return errors.New("block 0 is no genesis block: that has BPM 0, an empty PrevHash and an empty Validator")
-	}
-	if newBlock.PrevHash != oldBlock.Hash {
-		return fmt.Errorf("block %d does not follow: its PrevHash is %s, the Hash of block %d is %s",
-			newBlock.Index, cmp.Or(newBlock.PrevHash, "empty"), oldBlock.Index, oldBlock.Hash)
-	}
-	if hash := hashObject(object); newBlock.Hash != hash {
-		return fmt.Errorf("block %d was changed: its contents hash to %s, its Hash says %s",
-			newBlock.Index, hash, cmp.Or(newBlock.Hash, "nothing"))
-	}
-	return nil
-}
 
 // A Blockchain is an append-only list of blocks. It holds the newest of them as the
 // JSON that is broadcast and, unless it is in memory only, all of them in a file with

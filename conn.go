@@ -193,7 +193,7 @@ func (s *server) stake(c *client, line []byte) error {
 	if err != nil {
 		return err
 	}
-	c.SetReadDeadline(time.Time{})
+	c.SetReadDeadline(time.Time{}) // if this undoes Stop's, handleBPMs finds ctx done
 	v := s.join(c, int64(stake))
 	fmt.Fprintf(c, "validator %s stakes %d tokens\n"+
 		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n%s", v.address, stake, bpmPrompt)
@@ -336,7 +336,7 @@ func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) <-chan *c
 	defer close(validators)
 	for _, c := range s.clients {
 		select {
-		case <-c.removed:
+		case <-c.removed: // never if it is nil
 			continue
 		default:
 		}
@@ -355,7 +355,7 @@ func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) <-chan *c
 // process. A client that takes nothing blocks its worker, so after each step fanOut
 // starts more of them, twice as many as the last time, unless the others will soon be done.
 func fanOut(step time.Duration, clients <-chan *client) {
-	none := make(chan struct{}, 1) // of the clients are left
+	none := make(chan struct{}, 1) // receives when no client is left
 	work := func() {
 		for c := range clients {
 			c.Flush()
@@ -381,7 +381,7 @@ func fanOut(step time.Duration, clients <-chan *client) {
 		if left == 0 {
 			return
 		}
-		if done := before - left; 8*done < left {
+		if done := before - left; 8*done < left { // at this speed the rest takes more than 8 steps
 			workers *= 2
 			for range workers {
 				go work()

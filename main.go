@@ -83,7 +83,9 @@ func main() {
 	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
-	var notices *log.Logger // room in the log for what was left out of both
+	// The log also says how much was left out of either output, and has room for that even
+	// if it is full.
+	var notices *log.Logger
 	leftOut := func(what string) func(int, error) {
 		return func(writes int, reason error) { notices.Printf("%s: %d; %v", what, writes, reason) }
 	}
@@ -124,7 +126,7 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	}
 	listener, err := listen(set)
 	if err != nil {
-		logWarnings() // PORT may be among what is not read
+		logWarnings() // the fault may come from a .env.txt that is not read
 		return err
 	}
 	chain, err := openBlockchain(set.chainFile, set.broadcastBlocks, logger)

@@ -1,13 +1,15 @@
 # Reads the server's log. For each validator that has joined it prints how many rounds the
-# validator has won, beside how many it could expect: in each round its stake / the tokens in
-# the draw, as if it had proposed a block in every round from its join until it left.
+# validator has won, beside how many it could expect: in each round its stake / the stakes of
+# all that have joined and not left, as if they all had proposed a block in every round.
 
 / joins from / { stake[$4] = $9 }
 
 / wins with / {
 	rounds++
 	won[$6]++
-	for (v in stake) if (!(v in gone)) expected[v] += stake[v] / $NF
+	all = 0
+	for (v in stake) if (!(v in gone)) all += stake[v]
+	for (v in stake) if (!(v in gone)) expected[v] += stake[v] / all
 	for (v in leaving) gone[v]
 }
 

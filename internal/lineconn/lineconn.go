@@ -60,11 +60,12 @@ type TCPConn interface {
 // A Conn is a connection to a client that sends lines. One goroutine, the reader, calls
 // ReadLine, Write, AvailableBuffer and Close; the other methods are for all goroutines.
 //
-// Replies and messages are written through one queue, in order. Whoever has added to it
-// and finds nobody writing writes, as in ergo's irc/socket.go. But the reader writes only
-// replies, and if that may take long a goroutine does it, so that lines are read however
-// slowly the client takes what is written. When everything is written, no goroutine but
-// the reader is left.
+// Replies and messages are written through one queue, in order. Enqueue only adds to it.
+// Whoever calls Flush writes it, unless somebody does already, and so does the reader when
+// it has handled the lines that it has read; ergo's irc/socket.go is the model. But the
+// reader writes only replies, and if that may take long a goroutine does it, so that lines
+// are read however slowly the client takes what is written. When everything is written, no
+// goroutine but the reader is left.
 type Conn struct {
 	conn TCPConn
 
@@ -81,11 +82,11 @@ type Conn struct {
 	held      []*Message    // messages that wait until the reader has replied to a line
 	messages  uint8         // in queue and held, replies not counted
 	waiting   uint8         // replies in queue
-	handling  bool          // the reader is not in Read, so that messages are held
+	handling  bool          // the reader handles what it has read, so messages are held
 	writing   bool          // somebody writes the queue
 	crlf      bool          // the client needs \r\n
 	droppable bool          // a droppable message is queued or being written
-	behind    bool          // the client may not have taken enough yet for a write to be short
+	behind    bool          // a write may take long, since the client may not have taken what was written before
 	stopping  bool          // the reader must not wait for the client any more
 	closing   bool          // nothing can be enqueued any more
 	err       error         // why the connection was reset
@@ -142,7 +143,7 @@ func crlf(text []byte) []byte {
 // client it tells only one of who reads and who writes, so the error may be io.EOF although
 // Err will be ErrTimeout.)
 func (c *Conn) ReadLine() ([]byte, error) {
-	c.endLine(false)
+	c.flushReplies(false)
 	line := c.input[c.next:c.next]
 	for !c.ended {
 		text, rest, end := c.filter.Next(line, c.input[c.next:c.received], MaxLine)
@@ -162,7 +163,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			continue
 		}
 		line = c.input[:copy(c.input[:], text)]
-		c.endLine(true)
+		c.flushReplies(true)
 		n, err := c.conn.Read(c.input[len(line):])
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
@@ -174,11 +175,11 @@ func (c *Conn) ReadLine() ([]byte, error) {
 	if len(line) > 0 {
 		return bytes.TrimSpace(line), nil
 	}
-	c.endLine(true)
+	c.flushReplies(true)
 	return nil, io.EOF
 }
 
-// afterRead holds messages from now on, until endLine. It returns why nothing can be read
+// afterRead has messages held from now on. It returns why nothing can be read
 // any more, if err is what Read has returned.
 func (c *Conn) afterRead(err error) error {
 	c.mu.Lock()
@@ -200,14 +201,14 @@ func (c *Conn) interrupt() {
 	}
 }
 
-// endLine ends the handling of a line: what was held goes behind its reply. If the reader
-// goes on to Read, or waits for something else, or if too many replies wait, they are
-// written now.
-func (c *Conn) endLine(reading bool) {
+// flushReplies is called when the reader has handled a line: what was held meanwhile is
+// queued behind the reply. If the reader will wait for the client now, or if too many
+// replies wait, they are written.
+func (c *Conn) flushReplies(waits bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.crlf = c.filter.CRLF()
-	if !reading && c.held == nil && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
+	if !waits && c.held == nil && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
 		return
 	}
 	c.queueRepliesLocked()
@@ -224,7 +225,7 @@ func (c *Conn) endLine(reading bool) {
 	for c.waiting >= maxReplies && !c.stopping && c.err == nil {
 		c.waitLocked()
 	}
-	c.handling = !reading
+	c.handling = !waits
 }
 
 // queueRepliesLocked queues the replies, and behind them the messages that are held until
@@ -421,7 +422,7 @@ func (c *Conn) Stop(limit time.Duration) {
 func (c *Conn) Close(lastLine string) {
 	c.mu.Lock()
 	c.crlf = c.filter.CRLF()
-	c.queueRepliesLocked()
+	c.queueRepliesLocked() // with what is held, which comes before the last line
 	if lastLine != "" {
 		io.WriteString(c, lastLine)
 		c.queueRepliesLocked()
