@@ -39,9 +39,11 @@ bench:
 	go test -run '^$$' -bench . -timeout 1h ./...
 
 fuzz:
-	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
-		echo "go test -fuzz $$target" && \
-		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x . || exit 1; \
+	@for package in $$(go list $(NOVCS) ./...); do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz'); do \
+			echo "go test -fuzz $$target $$package" && \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x $$package || exit 1; \
+		done; \
 	done
 
 soak:
