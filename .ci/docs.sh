@@ -143,6 +143,13 @@ run_command() {
 		serve_as "$command"
 		grep -Eq 'listening on (127\.0\.0\.1|\[::1\]):' "$log" || fail 'it does not listen on localhost only'
 		;;
+	'BROADCAST_BLOCKS=5 make run')
+		serve_as "$command"
+		start five '(echo 100; while sleep 0.5; do echo 72; done) | nc localhost 9000'
+		soon 40 latest_five || fail "with '$command' a broadcast is not of the latest five blocks"
+		interrupt "$group"
+		stop_server
+		;;
 	'ROUND_INTERVAL=5s make run')
 		serve_as "$command"
 		grep -q 'a draw every 5s' "$log" || fail 'rounds do not take 5 s'
