@@ -29,7 +29,8 @@ type Writer struct {
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
 	full    bool          // a write did not fit; all are left out until the queue is empty
-	written chan struct{} // closed when writeQueue ends; nil if it does not run
+	writing bool          // writeQueue runs
+	written chan struct{} // made by Flush, closed when writeQueue ends
 	omitted int           // writes left out since leftOut was last called
 	err     error         // of the last write that failed since then
 }
@@ -73,8 +74,8 @@ func (w notices) Write(p []byte) (int, error) {
 func (w *Writer) enqueueLocked(p []byte) {
 	w.queue = append(w.queue, bytes.Clone(p))
 	w.size += len(p)
-	if w.written == nil {
-		w.written = make(chan struct{})
+	if !w.writing {
+		w.writing = true
 		go w.writeQueue()
 	}
 }
@@ -97,8 +98,11 @@ func (w *Writer) writeQueue() {
 			w.reportLocked()
 		}
 	}
-	close(w.written)
-	w.written = nil
+	w.writing = false
+	if w.written != nil {
+		close(w.written)
+		w.written = nil
+	}
 }
 
 // reportLocked calls leftOut if something has been left out since the last time. w.mu
@@ -122,7 +126,9 @@ func (w *Writer) reportLocked() {
 func (w *Writer) Flush(deadline time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if written := w.written; written != nil {
+	if w.writing {
+		written := make(chan struct{})
+		w.written = written
 		w.mu.Unlock()
 		select {
 		case <-written:
