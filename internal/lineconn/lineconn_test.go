@@ -194,6 +194,7 @@ func TestReadsWhileWriting(t *testing.T) {
 		c.announce("<a long text>")
 		c.peer.SetWriteDeadline(time.Now().Add(time.Second))
 		n, _ := io.WriteString(c.peer, strings.Repeat("\n", 1000))
+		synctest.Wait()
 		if handled != 64 || n > 64+len(c.input) {
 			t.Errorf("%d lines were handled and %d read while nothing is taken, want 64 and what is read ahead", handled, n)
 		}
