@@ -200,6 +200,26 @@ func TestReadsWhileWriting(t *testing.T) {
 		}
 		c.want("<a long text>" + strings.Repeat("[]", n))
 	})
+	run(t, func(c *client) { // and again as soon as the replies are taken, whatever is behind them
+		c.echo()
+		c.announce("<1>")
+		want := "<1>"
+		for i := range 64 {
+			c.send(fmt.Sprintf("%d\n", i))
+			want += fmt.Sprintf("[%d]", i)
+		}
+		c.announce("<2>")
+		go io.WriteString(c.peer, "64\n65\n")
+		received := make([]byte, len(want))
+		if _, err := io.ReadFull(c.peer, received); err != nil || string(received) != want {
+			t.Errorf("received %q, %v, want %q", received, err, want)
+		}
+		c.peer.SetWriteDeadline(time.Now().Add(time.Second))
+		if _, err := io.WriteString(c.peer, "66\n"); err != nil {
+			t.Errorf("a line is not read although no reply waits: %v", err)
+		}
+		c.want("<2>[64][65][66]")
+	})
 }
 
 // A reply comes before what was enqueued while its line was handled, and after what was
