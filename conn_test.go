@@ -1288,6 +1288,25 @@ func TestTyped(t *testing.T) {
 	}
 }
 
+// The LF or NUL of a line end belongs to it also when a draw comes between.
+func TestLineEndAroundDraw(t *testing.T) {
+	for _, rest := range []string{"\n", "\x00"} {
+		runServer(t, func(ts *testServer) {
+			c := ts.join(100)
+			c.send("72\r")
+			c.want("block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 30s\r\n\r\nEnter a new BPM:")
+			ts.advance(30 * time.Second)
+			c.want(strings.ReplaceAll(c.won(100), "\n", "\r\n"))
+			c.send(rest)
+			c.want("")
+			c.send("73" + rest)
+			if received := c.received.take(); (received != "") != (rest == "\n") {
+				t.Errorf("after 73 and %q received %q", rest, received)
+			}
+		})
+	}
+}
+
 // Ctrl-C closes the connection at once; stake and block stay for the draw.
 func TestInterrupt(t *testing.T) {
 	for _, sent := range []string{"7\x03", "7\xff\xf4\xff\xfd\x06", "7\xff\xf3"} { // Ctrl-C, telnet's, Break
