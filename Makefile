@@ -22,7 +22,7 @@ build:
 	@go build $(NOVCS) .
 
 test:
-	go test $(RACE) -timeout 5m -parallel 8 ./...
+	go test $(RACE) -timeout 5m -p 4 -parallel 8 ./...
 
 # A number of inputs, since go test -fuzz may fail with 'context deadline exceeded' at the
 # end of a time.
