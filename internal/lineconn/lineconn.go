@@ -105,7 +105,7 @@ func (c *Conn) SetReadDeadline(t time.Time) { c.conn.SetReadDeadline(t) }
 // A Message is text for any number of connections, which share its bytes.
 type Message struct {
 	text      [][]byte // in pieces
-	crlf      [][]byte // the same with \r\n; nil if there is no difference
+	crlf      [][]byte // the same with \r\n; nil for replies, which have the line ends of their client
 	droppable bool
 	replies   uint8 // how many replies of one connection it is; 0 if it is for all
 }
@@ -213,7 +213,6 @@ func (c *Conn) flushReplies(waits bool) {
 	}
 	c.queueRepliesLocked()
 	if len(c.queue) > 0 && !c.writing {
-		c.writing = true
 		if !c.behind {
 			c.writeLocked(true)
 		}
@@ -316,12 +315,11 @@ func (c *Conn) Flush() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.writing {
-		c.writing = true
 		c.writeLocked(false)
 	}
 }
 
-// writeQueue writes what is queued for the reader, which has set c.writing.
+// writeQueue writes what is queued for the reader, which has set c.writing until then.
 func (c *Conn) writeQueue() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -331,9 +329,10 @@ func (c *Conn) writeQueue() {
 	c.behind = c.behind || time.Since(start) > maxWrite
 }
 
-// writeLocked writes the queue, or the replies alone up to the next message. The caller
-// has set c.writing, and c.mu must be held; it is released during writes.
+// writeLocked writes the queue, or the replies alone up to the next message. Nobody else
+// may be writing, and c.mu must be held; it is released during writes.
 func (c *Conn) writeLocked(replies bool) {
+	c.writing = true
 	for len(c.queue) > 0 && (!replies || c.queue[0].replies > 0) {
 		m := c.queue[0]
 		c.queue = slices.Delete(c.queue, 0, 1)
@@ -431,7 +430,6 @@ func (c *Conn) Close(lastLine string) {
 	for c.writing {
 		c.waitLocked()
 	}
-	c.writing = true
 	c.writeLocked(false)
 	failed := c.err != nil
 	c.mu.Unlock()
