@@ -3,7 +3,6 @@
 package asyncwriter
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"sync"
@@ -28,6 +27,7 @@ type Writer struct {
 	mu      sync.Mutex    // guards the following; never held during a write
 	queue   [][]byte      // the first one is being written
 	size    int           // bytes in queue
+	spare   []byte        // what was last written, whose memory the next write takes
 	full    bool          // a write did not fit; all are left out until the queue is empty
 	writing bool          // writeQueue runs
 	written chan struct{} // made by Flush, closed when writeQueue ends
@@ -72,7 +72,8 @@ func (w notices) Write(p []byte) (int, error) {
 
 // enqueueLocked queues a write. w.mu must be held.
 func (w *Writer) enqueueLocked(p []byte) {
-	w.queue = append(w.queue, bytes.Clone(p))
+	w.queue = append(w.queue, append(w.spare[:0], p...))
+	w.spare = nil
 	w.size += len(p)
 	if !w.writing {
 		w.writing = true
@@ -90,6 +91,7 @@ func (w *Writer) writeQueue() {
 		_, err := w.dst.Write(next)
 		w.mu.Lock()
 		w.queue = w.queue[1:]
+		w.spare = next
 		w.size -= len(next)
 		if err != nil {
 			w.omitted++

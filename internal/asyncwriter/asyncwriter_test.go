@@ -49,8 +49,9 @@ func TestWrite(t *testing.T) {
 		close(r.open)
 		synctest.Wait()
 		io.WriteString(w, "later\n")
+		io.WriteString(w, "last\n")
 		synctest.Wait()
-		if got := r.text.String(); got != want.String()+"later\n" || report.Len() > 0 {
+		if got := r.text.String(); got != want.String()+"later\nlast\n" || report.Len() > 0 {
 			t.Errorf("written: %q; left out: %q", got, report)
 		}
 	})

@@ -372,6 +372,9 @@ func (c *Conn) writeLocked(replies bool) {
 // reason returns ErrTimeout for an error that says that the system has given up the client:
 // a timeout or, if the system knows of one, what has kept its packets from the client.
 func reason(err error) error {
+	if err == nil {
+		return nil // at once, since each errors.Is would allocate
+	}
 	for _, errno := range [...]syscall.Errno{syscall.ETIMEDOUT, windowsETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH} {
 		if errors.Is(err, errno) {
 			return ErrTimeout
