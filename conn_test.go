@@ -923,7 +923,8 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 // many more and so on, but never more than clients, since each can block one. If the rest
 // is soon done there are no more.
 func TestFanOutWorkers(t *testing.T) {
-	processors := runtime.GOMAXPROCS(0)
+	const processors = 2
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(processors))
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
@@ -934,6 +935,7 @@ func TestFanOutWorkers(t *testing.T) {
 		{100 * processors, 9 * time.Second, announceStep * 3 / 2, 3 * processors},
 		{100 * processors, 9 * time.Second, announceStep * 5 / 2, 7 * processors},
 		{3 * processors, 9 * time.Second, announceStep * 5 / 2, 3 * processors},
+		{processors + 1, 9 * time.Second, announceStep * 5 / 2, processors + 1},
 		{processors, 9 * time.Second, announceStep / 2, processors},
 		{300 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 3*12) * processors},
 		{200 * processors, 1100 * time.Microsecond, 38 * time.Millisecond, (23 + 12) * processors},
