@@ -274,7 +274,7 @@ func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 		return err
 	}
 	if !info.Mode().IsRegular() {
-		return errors.New("it is not a regular file")
+		return &fs.PathError{Op: "open", Path: file.Name(), Err: errors.New("it is not a regular file")}
 	}
 	c.file = file
 	if err := c.readBlocks(info.Size(), logger); err != nil {
@@ -335,10 +335,11 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 
 // isTorn reports whether line, the last one in a file and no valid block, may be what a
 // crash has left of the block with the given index: some of its pages never reached the
-// disk, so the line is cut off or has zero bytes instead.
+// disk, so the line is cut off, before the } that ends the block, or has zero bytes instead.
 func isTorn(line []byte, index int) bool {
 	text, whole := bytes.CutSuffix(line, []byte("\n"))
-	if len(text) > maxBlock || whole && bytes.IndexByte(text, 0) < 0 || !whole && bytes.HasSuffix(text, []byte("}\r")) {
+	zeros := bytes.IndexByte(text, 0) >= 0
+	if len(text) > maxBlock || !zeros && (whole || bytes.IndexByte(text, '}') >= 0) {
 		return false
 	}
 	start := blockStart(index)
@@ -375,7 +376,7 @@ func (c *Blockchain) append(block Block) error {
 // write appends text to the file and syncs it. Its error means what that of append means.
 func (c *Blockchain) write(text []byte) error {
 	if err := c.checkFile(); err != nil {
-		return fmt.Errorf("%w: %w", errChainLost, err)
+		return err
 	}
 	if err := c.removeTail(); err != nil {
 		return err
@@ -408,8 +409,8 @@ func (c *Blockchain) removeTail() error {
 	return err
 }
 
-// checkFile returns an error if something else has deleted or replaced the file, or
-// changed its size.
+// checkFile returns an error that wraps errChainLost if something else has deleted or
+// replaced the file, or changed its size, and another one if that cannot be found out.
 func (c *Blockchain) checkFile() error {
 	name, size := c.file.Name(), c.size+c.tail
 	opened, err := c.file.Stat()
@@ -419,15 +420,15 @@ func (c *Blockchain) checkFile() error {
 	named, err := os.Stat(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%s was deleted while the server ran", name)
+		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, name)
 	case err != nil:
 		return err
 	case !os.SameFile(opened, named):
-		return fmt.Errorf("%s was replaced by another file while the server ran", name)
+		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, name)
 	case opened.Size() > size:
-		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
+		return fmt.Errorf("%w: %s was made longer by something else while the server ran: from %d to %d bytes", errChainLost, name, size, opened.Size())
 	case opened.Size() < size:
-		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
+		return fmt.Errorf("%w: %s was made shorter by something else while the server ran: from %d to %d bytes", errChainLost, name, size, opened.Size())
 	}
 	return nil
 }

@@ -31,6 +31,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/joho/godotenv"
 
@@ -75,12 +76,6 @@ func main() {
 		fmt.Fprintf(os.Stderr, "proof-of-stake takes no arguments but -h, and was given %q; settings go before it, as in PORT=9100 proof-of-stake\n", os.Args[1:])
 		os.Exit(2)
 	}
-	signals := []os.Signal{syscall.SIGTERM}
-	if !signal.Ignored(os.Interrupt) { // as a script's shell has it for what it starts with &
-		signals = append(signals, os.Interrupt)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop)   // so that a second Ctrl-C kills
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
 	// The log also says how much was left out of either output, and has room for that even
@@ -93,7 +88,7 @@ func main() {
 	stdout := asyncwriter.New(os.Stdout, leftOut("blocks left out of standard output"))
 	notices = log.New(stderr.Notices(), "", log.LstdFlags)
 	logger := log.New(stderr, "", log.LstdFlags)
-	err := run(ctx, stdout, logger)
+	err := run(stdout, logger)
 	if err != nil {
 		logger.Print(err)
 	}
@@ -113,8 +108,8 @@ const (
 // errNoAnswer is why a stop waits for the lottery no longer.
 var errNoAnswer = fmt.Errorf("the disk has not answered within %v; the block that was being written may be in the file, but it was not announced", stopLimit)
 
-// run reads the settings and runs the server until ctx is done or the chain is lost.
-func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
+// run reads the settings and runs the server until a signal stops it or the chain is lost.
+func run(stdout io.Writer, logger *log.Logger) error {
 	set, warnings, err := readSettings()
 	if err != nil {
 		return err
@@ -134,6 +129,7 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 		logWarnings()
 		return chainFileError(set, err)
 	}
+	ctx := untilSignal() // not before, since a name server or a disk may have kept run waiting
 	logListening(set, listener.Addr().(*net.TCPAddr), logger)
 	if set.chainFile == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
@@ -149,6 +145,18 @@ func run(ctx context.Context, stdout io.Writer, logger *log.Logger) error {
 	server := newServer(lottery, set.maxValidators, logger)
 	server.maxStake = set.maxStake
 	return serve(ctx, lottery, server, listener)
+}
+
+// untilSignal returns a context that is done when the user stops the server. Until it is
+// called, and after that, a signal kills.
+func untilSignal() context.Context {
+	signals := []os.Signal{syscall.SIGTERM}
+	if !signal.Ignored(os.Interrupt) { // as a script's shell has it for what it starts with &
+		signals = append(signals, os.Interrupt)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	context.AfterFunc(ctx, stop)
+	return ctx
 }
 
 // serve runs the lottery and the server until ctx is done or the chain is lost. Then the
@@ -338,8 +346,10 @@ func readSettings() (set settings, warnings []string, err error) {
 		if written, ok := changed[key]; ok && source == fromDotenv {
 			// Quoted for the terminal, and otherwise as it is in the file.
 			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
-			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: $ and \\ have a meaning there; to have the value as it is written, put it in single quotes", quoted, key, source))
-		} else if !use(value) {
+			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: $ and \\ have a meaning there; to have the value as it is written, put it in single quotes; %s", quoted, key, source, must))
+		} else if source == fromDotenv && (strings.HasPrefix(value, "#") || strings.Contains(value, " #")) {
+			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: it has a comment in it, which must stand on a line of its own", value, key, source))
+		} else if !use(value) || strings.ContainsFunc(value, unicode.IsControl) { // the system's errors repeat some as they are
 			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
 		}
 		return source
@@ -361,19 +371,19 @@ func readSettings() (set settings, warnings []string, err error) {
 		return d
 	}
 	set.port = number("PORT", 0, 65535)
-	set.hostSource = get("HOST", "a multicast or broadcast address cannot be joined; it must be "+hostMust, func(value string) bool {
+	set.hostSource = get("HOST", "it must be "+hostMust+"; a multicast or broadcast address cannot be joined", func(value string) bool {
 		set.host = value
 		if strings.HasPrefix(value, "[") && strings.HasSuffix(value, "]") {
 			set.host = value[1 : len(value)-1]
 		}
-		ip, _ := netip.ParseAddr(set.host)
+		ip, err := netip.ParseAddr(set.host)
 		addrs, _ := net.InterfaceAddrs() // without them, its broadcast addresses are not known
-		return joinable(ip.Unmap(), addrs)
+		return joinable(ip.Unmap(), addrs) && (err == nil || set.host == value)
 	})
 	set.roundInterval = duration("ROUND_INTERVAL")
 	set.broadcastInterval = duration("BROADCAST_INTERVAL")
 	set.broadcastBlocks = number("BROADCAST_BLOCKS", 0, math.MaxInt)
-	set.chainFileSource = get("CHAIN_FILE", "", func(value string) bool {
+	set.chainFileSource = get("CHAIN_FILE", "it must be a file name without control characters, or empty", func(value string) bool {
 		set.chainFile = value
 		return true
 	})

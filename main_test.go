@@ -424,6 +424,36 @@ func TestSecondInterrupt(t *testing.T) {
 	}
 }
 
+// Until the server serves a signal ends it at once, however long the start takes.
+func TestSignalWhileStarting(t *testing.T) {
+	t.Parallel()
+	name, _ := newLongChainFile(t, 50_000)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	_, port, _ := net.SplitHostPort(address)
+	cmd := program(t, "HOST=127.0.0.1", "PORT="+port, "CHAIN_FILE="+name)
+	var logged bytes.Buffer
+	cmd.Stderr = &logged
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+		if conn, err := net.Dial("tcp", address); err == nil { // it reads the chain now
+			conn.Close()
+			break
+		}
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	cmd.Wait()
+	if status := cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != syscall.SIGTERM || logged.Len() > 0 {
+		t.Errorf("it ended with %v, want by the signal; logged %s", cmd.ProcessState, &logged)
+	}
+}
+
 // What a script starts with & goes on after the Ctrl-C that its shell ignores for it, and
 // stops on SIGTERM.
 func TestInterruptInBackground(t *testing.T) {
@@ -1052,7 +1082,8 @@ func TestBrackets(t *testing.T) {
 
 func TestBadSettings(t *testing.T) {
 	const duration = ": it must be a duration of at least 1ms, such as 30s or 1m30s"
-	const unjoinable = ": a multicast or broadcast address cannot be joined; it must be a name or an address of this machine, or empty for all of them"
+	const unjoinable = ": it must be a name or an address of this machine, or empty for all of them; a multicast or broadcast address cannot be joined"
+	const noFile = ": it must be a file name without control characters, or empty"
 	for _, test := range []struct{ key, value, want string }{
 		{"PORT", "", ": it must be a whole number from 0 to 65535"},
 		{"PORT", "-1", ": it must be a whole number from 0 to 65535"},
@@ -1076,6 +1107,12 @@ func TestBadSettings(t *testing.T) {
 		{"HOST", "[ff02::1]", unjoinable},
 		{"HOST", "255.255.255.255", unjoinable},
 		{"HOST", "127.255.255.255", unjoinable}, // of the loopback interface's network
+		{"HOST", "[]", unjoinable},
+		{"HOST", "[localhost]", unjoinable},
+		{"HOST", "127.0.0.1\r", unjoinable},
+		{"HOST", "a\x1b[31mb", unjoinable},
+		{"CHAIN_FILE", "no\x1b[31m/chain.jsonl", noFile},
+		{"CHAIN_FILE", "a.jsonl\nMAX_STAKE=5", noFile},
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
@@ -1104,18 +1141,23 @@ func TestBadSettings(t *testing.T) {
 
 // A fault in .env is named by its line, and nothing else of the file is shown.
 func TestBadDotenv(t *testing.T) {
-	const expanded = ": $ and \\ have a meaning there; to have the value as it is written, put it in single quotes"
+	const expanded = ": $ and \\ have a meaning there; to have the value as it is written, put it in single quotes; it must be "
+	const fileName, host = "a file name without control characters, or empty", "a name or an address of this machine, or empty for all of them; a multicast or broadcast address cannot be joined"
+	const comment = ": it has a comment in it, which must stand on a line of its own"
 	for _, test := range []struct{ dotenv, want string }{
 		{"PORT 9000", `cannot read .env: line 1 is not KEY=VALUE: "PORT 9000"`},
 		{"SECRET=a\nPORT 9000\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "PORT 9000"`},
 		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "\x1b[2J"`},
 		{"\xff\xfeP\x00=\x001\x00", "cannot read .env: it is not in UTF-8, but perhaps in UTF-16; save it as UTF-8"},
-		{"CHAIN_FILE=$PWD/x.jsonl\n", `cannot use "$PWD/x.jsonl" for CHAIN_FILE (from .env)` + expanded},
-		{"SECRET=hush\nCHAIN_FILE=\"${SECRET}.jsonl\"\n", `cannot use "${SECRET}.jsonl" for CHAIN_FILE (from .env)` + expanded},
-		{`CHAIN_FILE="C:\new.jsonl"`, `cannot use "C:\new.jsonl" for CHAIN_FILE (from .env)` + expanded},
-		{`HOST="a\"b"`, `cannot use "a\"b" for HOST (from .env)` + expanded},
-		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + expanded},
-		{"PORT=$X\nMAX_STAKE=\\$1\n", `cannot use "$X" for PORT (from .env)` + expanded + "\n" + `cannot use "\$1" for MAX_STAKE (from .env)` + expanded},
+		{"CHAIN_FILE=$PWD/x.jsonl\n", `cannot use "$PWD/x.jsonl" for CHAIN_FILE (from .env)` + expanded + fileName},
+		{"SECRET=hush\nCHAIN_FILE=\"${SECRET}.jsonl\"\n", `cannot use "${SECRET}.jsonl" for CHAIN_FILE (from .env)` + expanded + fileName},
+		{`CHAIN_FILE="C:\new.jsonl"`, `cannot use "C:\new.jsonl" for CHAIN_FILE (from .env)` + expanded + fileName},
+		{`HOST="a\"b"`, `cannot use "a\"b" for HOST (from .env)` + expanded + host},
+		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + expanded + host},
+		{"PORT=$X\nMAX_STAKE=\\$1\n", `cannot use "$X" for PORT (from .env)` + expanded + "a whole number from 0 to 65535\n" + `cannot use "\$1" for MAX_STAKE (from .env)` + expanded + "a whole number from 1 to 1000000000000"},
+		{"CHAIN_FILE=   # in memory only\n", `cannot use "# in memory only" for CHAIN_FILE (from .env)` + comment},
+		{"CHAIN_FILE=a.jsonl # see issue #5\n", `cannot use "a.jsonl # see issue" for CHAIN_FILE (from .env)` + comment},
+		{"PORT " + strings.Repeat("x", 100), `cannot read .env: line 1 is not KEY=VALUE: "PORT ` + strings.Repeat("x", 59) + `"`},
 	} {
 		inDirectory(t, test.dotenv)
 		if _, _, err := readSettings(); err == nil || err.Error() != test.want {

@@ -128,6 +128,9 @@ func (w *Writer) reportLocked() {
 func (w *Writer) Flush(deadline time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if !w.writing {
+		w.reportLocked() // a write that was too long for an empty queue
+	}
 	if w.writing {
 		written := make(chan struct{})
 		w.written = written

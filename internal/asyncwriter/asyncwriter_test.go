@@ -208,4 +208,13 @@ func TestFlush(t *testing.T) {
 		}
 		close(r.open)
 	})
+	run(t, func(w *Writer, r *reader, report *strings.Builder) { // what leftOut says is waited for too
+		close(r.open)
+		w.leftOut = func(writes int, _ error) { fmt.Fprintf(w.Notices(), "%d left out", writes) }
+		io.WriteString(w, strings.Repeat("x", 1<<20+1))
+		w.Flush(time.Now().Add(time.Hour))
+		if r.text.String() != "1 left out" {
+			t.Errorf("written: %.100q", r.text.String())
+		}
+	})
 }

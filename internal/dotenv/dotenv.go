@@ -79,7 +79,7 @@ func lineError(text string) error {
 		good = good[:strings.LastIndex(strings.TrimSuffix(good, "\n"), "\n")+1]
 	}
 	line, _, _ := strings.Cut(text[len(good):], "\n")
-	return fmt.Errorf("line %d is not KEY=VALUE: %q", strings.Count(good, "\n")+1, strings.TrimSpace(line))
+	return fmt.Errorf("line %d is not KEY=VALUE: %.64q", strings.Count(good, "\n")+1, strings.TrimSpace(line))
 }
 
 // In a text from inert, noncharacters of Unicode stand for $ and \, and for the quotes after
