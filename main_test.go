@@ -814,13 +814,18 @@ func TestCannotStart(t *testing.T) {
 	}
 	defer taken.Close()
 	port := fmt.Sprint(taken.Addr().(*net.TCPAddr).Port)
+	if other, err := net.Listen("tcp", "localhost:9100"); err == nil { // or somebody else has it
+		defer other.Close()
+	}
 	for _, test := range []struct {
 		env  []string
 		want string
 	}{
 		{[]string{"PORT=high"}, `cannot use "high" for PORT (from the environment): it must be a whole number from 0 to 65535`},
 		{[]string{"HOST=localhost", "PORT=" + port}, `cannot listen on port ` + port + `: it is in use; choose another: PORT=9100`},
+		{[]string{"HOST=localhost", "PORT=9100"}, `cannot listen on port 9100: it is in use; choose another: PORT=9200`},
 		{[]string{"PORT=0", "HOST=localhost", "CHAIN_FILE=none/x.jsonl"}, `cannot use "none/x.jsonl" for CHAIN_FILE (from the environment): open none/x.jsonl: no such file or directory; make the directory first, or choose another file: CHAIN_FILE=FILE`},
+		{[]string{"PORT=0", "HOST=localhost", "CHAIN_FILE=/dev/null"}, `cannot use "/dev/null" for CHAIN_FILE (from the environment): open /dev/null: it is not a regular file`},
 		{[]string{"HOST=256.0.0.1"}, `cannot listen on port 9000 with "256.0.0.1" for HOST (from the environment), which must be a name or an address of this machine, or empty for all of them: `},
 	} {
 		status, out := cannotStart(t, program(t, test.env...))
