@@ -228,6 +228,9 @@ func (f appendFile) SyncDir() error {
 	return dir.Sync()
 }
 
+// errNotRegular is why a pipe, a device or the like cannot hold the chain.
+var errNotRegular = errors.New("it is not a regular file")
+
 // errChainLost is wrapped by errors after which no block can be appended any more,
 // because the chain's file is in a state that the chain does not know.
 var errChainLost = errors.New("the chain cannot go on")
@@ -274,7 +277,7 @@ func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 		return err
 	}
 	if !info.Mode().IsRegular() {
-		return &fs.PathError{Op: "open", Path: file.Name(), Err: errors.New("it is not a regular file")}
+		return errNotRegular
 	}
 	c.file = file
 	if err := c.readBlocks(info.Size(), logger); err != nil {
@@ -335,7 +338,8 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 
 // isTorn reports whether line, the last one in a file and no valid block, may be what a
 // crash has left of the block with the given index: some of its pages never reached the
-// disk, so the line is cut off, before the } that ends the block, or has zero bytes instead.
+// disk, so the line is cut off or has zero bytes instead. Without zero bytes a line with a }
+// is not cut off, since that ends a block.
 func isTorn(line []byte, index int) bool {
 	text, whole := bytes.CutSuffix(line, []byte("\n"))
 	zeros := bytes.IndexByte(text, 0) >= 0
@@ -410,19 +414,22 @@ func (c *Blockchain) removeTail() error {
 }
 
 // checkFile returns an error that wraps errChainLost if something else has deleted or
-// replaced the file, or changed its size, and another one if that cannot be found out.
+// replaced the file, or changed its size. If it is refused the answer, which may pass, its
+// error does not wrap errChainLost.
 func (c *Blockchain) checkFile() error {
 	name, size := c.file.Name(), c.size+c.tail
+	var named fs.FileInfo
 	opened, err := c.file.Stat()
-	if err != nil {
-		return err
+	if err == nil {
+		named, err = os.Stat(name)
 	}
-	named, err := os.Stat(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, name)
-	case err != nil:
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EIO):
 		return err
+	case err != nil:
+		return fmt.Errorf("%w: %w", errChainLost, err)
 	case !os.SameFile(opened, named):
 		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, name)
 	case opened.Size() > size:

@@ -923,8 +923,14 @@ func TestLateClientsHoldUpLittle(t *testing.T) {
 // many more and so on, but never more than clients, since each can block one. If the rest
 // is soon done there are no more.
 func TestFanOutWorkers(t *testing.T) {
-	const processors = 2
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(processors))
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+	for _, processors := range []int{1, 2} {
+		runtime.GOMAXPROCS(processors)
+		testFanOutWorkers(t, processors)
+	}
+}
+
+func testFanOutWorkers(t *testing.T, processors int) {
 	for _, test := range []struct {
 		clients int
 		late    time.Duration
@@ -951,7 +957,7 @@ func TestFanOutWorkers(t *testing.T) {
 			go ts.server.announce(new(validator), 0)
 			ts.advance(test.after)
 			if n := int(taken.Load()); n != test.want {
-				t.Errorf("%d clients that are %v late: after %v %d have been written to, want %d", test.clients, test.late, test.after, n, test.want)
+				t.Errorf("%d processors, %d clients that are %v late: after %v %d have been written to, want %d", processors, test.clients, test.late, test.after, n, test.want)
 			}
 			ts.advance(test.late * time.Duration(test.clients))
 			ts.stop()

@@ -9,7 +9,8 @@
 // file .env in the working directory, then from .env.example, which is compiled
 // in. The blocks of the chain go to standard output as they join it, the log to
 // standard error. It stops on SIGINT and SIGTERM with exit status 0, and with 1
-// after a fault that it cannot work around.
+// after a fault that it cannot work around. During the start, and for the second time,
+// these signals kill it.
 package main
 
 import (
@@ -129,7 +130,7 @@ func run(stdout io.Writer, logger *log.Logger) error {
 		logWarnings()
 		return chainFileError(set, err)
 	}
-	ctx := untilSignal() // not before, since a name server or a disk may have kept run waiting
+	ctx := untilSignal() // until here a signal kills: nothing else would end the wait for a name server or a disk
 	logListening(set, listener.Addr().(*net.TCPAddr), logger)
 	if set.chainFile == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
@@ -147,8 +148,8 @@ func run(stdout io.Writer, logger *log.Logger) error {
 	return serve(ctx, lottery, server, listener)
 }
 
-// untilSignal returns a context that is done when the user stops the server. Until it is
-// called, and after that, a signal kills.
+// untilSignal returns a context that is done when the user stops the server. Before it is
+// called, and once the context is done, a signal kills the process.
 func untilSignal() context.Context {
 	signals := []os.Signal{syscall.SIGTERM}
 	if !signal.Ignored(os.Interrupt) { // as a script's shell has it for what it starts with &
@@ -199,7 +200,7 @@ func serve(ctx context.Context, lottery *lottery, server *server, listener net.L
 func chainFileError(set settings, err error) error {
 	var refused *fs.PathError
 	source, remedy := "", ""
-	if errors.As(err, &refused) {
+	if errors.As(err, &refused) || errors.Is(err, errNotRegular) {
 		source = set.chainFileSource
 	}
 	switch {
@@ -308,7 +309,7 @@ type settings struct {
 // directory; then .env.example. A source says which it was, and is empty for the last. The
 // warnings are for the log. The error has one line for each fault.
 //
-// A value that godotenv would expand is refused, but only of a setting that is used: the
+// A value that godotenv would change is refused, but only of a setting that is used: the
 // rest of .env may belong to other programs.
 func readSettings() (set settings, warnings []string, err error) {
 	defaults, err := godotenv.Unmarshal(envExample)
@@ -346,10 +347,9 @@ func readSettings() (set settings, warnings []string, err error) {
 		if written, ok := changed[key]; ok && source == fromDotenv {
 			// Quoted for the terminal, and otherwise as it is in the file.
 			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
-			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: $ and \\ have a meaning there; to have the value as it is written, put it in single quotes; %s", quoted, key, source, must))
-		} else if source == fromDotenv && (strings.HasPrefix(value, "#") || strings.Contains(value, " #")) {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: it has a comment in it, which must stand on a line of its own", value, key, source))
-		} else if !use(value) || strings.ContainsFunc(value, unicode.IsControl) { // the system's errors repeat some as they are
+			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: %s; $, \\ and # have a meaning there, so put the value in single quotes to keep them", quoted, key, source, must))
+		} else if !use(value) || strings.ContainsFunc(value, unicode.IsControl) {
+			// The system's errors show HOST and CHAIN_FILE unquoted, so no value may drive a terminal.
 			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
 		}
 		return source
@@ -371,14 +371,14 @@ func readSettings() (set settings, warnings []string, err error) {
 		return d
 	}
 	set.port = number("PORT", 0, 65535)
-	set.hostSource = get("HOST", "it must be "+hostMust+"; a multicast or broadcast address cannot be joined", func(value string) bool {
+	set.hostSource = get("HOST", "it must be "+hostMust+"; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined", func(value string) bool {
 		set.host = value
 		if strings.HasPrefix(value, "[") && strings.HasSuffix(value, "]") {
 			set.host = value[1 : len(value)-1]
 		}
-		ip, err := netip.ParseAddr(set.host)
+		ip, _ := netip.ParseAddr(set.host)
 		addrs, _ := net.InterfaceAddrs() // without them, its broadcast addresses are not known
-		return joinable(ip.Unmap(), addrs) && (err == nil || set.host == value)
+		return joinable(ip.Unmap(), addrs) && (ip.Is6() || set.host == value)
 	})
 	set.roundInterval = duration("ROUND_INTERVAL")
 	set.broadcastInterval = duration("BROADCAST_INTERVAL")

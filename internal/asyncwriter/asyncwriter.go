@@ -124,23 +124,28 @@ func (w *Writer) reportLocked() {
 }
 
 // Flush waits until everything is written, but not after the deadline, and reports what
-// is left out for good.
+// is left out for good. What leftOut writes then it waits for too.
 func (w *Writer) Flush(deadline time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.writing {
-		w.reportLocked() // a write that was too long for an empty queue
-	}
-	if w.writing {
-		written := make(chan struct{})
-		w.written = written
-		w.mu.Unlock()
-		select {
-		case <-written:
-		case <-time.After(time.Until(deadline)):
-		}
-		w.mu.Lock()
-	}
+	w.waitLocked(deadline)
 	w.omitted += len(w.queue)
 	w.reportLocked()
+	w.waitLocked(deadline)
+}
+
+// waitLocked waits until everything is written, but not after the deadline. w.mu must be
+// held; it is released meanwhile.
+func (w *Writer) waitLocked(deadline time.Time) {
+	if !w.writing {
+		return
+	}
+	written := make(chan struct{})
+	w.written = written
+	w.mu.Unlock()
+	defer w.mu.Lock()
+	select {
+	case <-written:
+	case <-time.After(time.Until(deadline)):
+	}
 }

@@ -217,4 +217,17 @@ func TestFlush(t *testing.T) {
 			t.Errorf("written: %.100q", r.text.String())
 		}
 	})
+	run(t, func(w *Writer, r *reader, report *strings.Builder) { // but is not reported itself if it fails
+		close(r.open)
+		r.err = errors.New("no space left on device")
+		w.leftOut = func(writes int, err error) {
+			fmt.Fprintf(report, "%d: %v\n", writes, err)
+			io.WriteString(w.Notices(), "a notice")
+		}
+		io.WriteString(w, "a")
+		w.Flush(time.Now().Add(time.Hour))
+		if report.String() != "1: no space left on device\n" {
+			t.Errorf("reported %q", report)
+		}
+	})
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"regexp"
 	"strings"
 	"unicode/utf8"
 
@@ -16,7 +17,8 @@ import (
 
 // Read returns the value of each key in the file. godotenv expands $NAME, and escapes such
 // as \n in double quotes; for each key whose value is another one because of that, changed
-// has the value as it is written, without its quotes.
+// has the value as it is written, without its quotes. It also has what godotenv takes for
+// the value if that is not in quotes and a # in it may be meant to begin a comment.
 //
 // The error says what to do, and shows no more of the file than the line at fault. It is
 // fs.ErrNotExist if there is no file of that name.
@@ -34,10 +36,14 @@ func Read(name string) (values, changed map[string]string, err error) {
 	for key, value := range written {
 		if value = asWritten.Replace(value); value != values[key] {
 			changed[key] = value
+		} else if comment.MatchString(value) && !strings.Contains(text, `'`+value+`'`) && !strings.Contains(text, `"`+value+`"`) {
+			changed[key] = value
 		}
 	}
 	return values, changed, nil
 }
+
+var comment = regexp.MustCompile(`(^|\s)#`)
 
 // readText returns what is in the file, and a newline after it, without which godotenv
 // would accept a last line that has no =.

@@ -50,6 +50,8 @@ func TestRead(t *testing.T) {
 		{`A="x\ny"` + "\n" + `B="C:\dir"`, env{"A": "x\ny", "B": "C:dir"}, env{"A": `x\ny`, "B": `C:\dir`}},
 		{`A="x\"y"` + "\n" + `B="\\x"` + "\n" + `C="x\'y"`, env{"A": `x"y`, "B": `\x`, "C": "x'y"}, env{"A": `x\"y`, "B": `\\x`, "C": `x\'y`}},
 		{"A=$B\nA=1\n", env{"A": "1"}, env{}},
+		{"A=# x\nB=a # b # c\nC=a\t# b #c\nD=a#b c#\n", env{"A": "# x", "B": "a # b", "C": "a\t# b", "D": "a#b c#"}, env{"A": "# x", "B": "a # b", "C": "a\t# b"}},
+		{"A='# x'\nB=\"a # b\" # c # d\n", env{"A": "# x", "B": "a # b"}, env{}},
 		{"B='$A'\nA=$B\n", env{"A": "$A", "B": "$A"}, env{"A": "$B"}},
 	} {
 		name := write(t, test.text)

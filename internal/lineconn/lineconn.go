@@ -373,7 +373,7 @@ func (c *Conn) writeLocked(replies bool) {
 // a timeout or, if the system knows of one, what has kept its packets from the client.
 func reason(err error) error {
 	if err == nil {
-		return nil // at once, since each errors.Is would allocate
+		return nil // the usual case; to compare with windowsETIMEDOUT allocates
 	}
 	for _, errno := range [...]syscall.Errno{syscall.ETIMEDOUT, windowsETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH} {
 		if errors.Is(err, errno) {
