@@ -386,13 +386,12 @@ func reason(err error) error {
 // windowsETIMEDOUT is WSAETIMEDOUT; package syscall's ETIMEDOUT is another number there.
 const windowsETIMEDOUT = syscall.Errno(10060)
 
-// failLocked resets the connection because of the error. What the client has not taken is
-// discarded. c.mu must be held.
+// failLocked resets the connection because of the error. Writing what is queued fails from
+// now on. c.mu must be held.
 func (c *Conn) failLocked(err error) {
 	if c.err == nil {
 		c.err = err
 	}
-	c.queue, c.held, c.messages, c.waiting = nil, nil, 0, 0
 	c.conn.SetLinger(0)
 	c.conn.Close() // and so the writer ends, if there is one, for which the reader may wait
 }

@@ -1,6 +1,7 @@
 package lineconn
 
 import (
+	"cmp"
 	"net"
 	"syscall"
 	"time"
@@ -61,10 +62,8 @@ func listenConfig(timeout time.Duration) net.ListenConfig {
 				}
 				setMaxRetry(fd, maxRetry)
 			}
-			if failed := conn.Control(set); failed != nil {
-				return failed
-			}
-			return err
+			failed := conn.Control(set)
+			return cmp.Or(failed, err)
 		},
 	}
 }

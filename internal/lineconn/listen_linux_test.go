@@ -2,6 +2,7 @@ package lineconn
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -132,5 +133,16 @@ func TestLastLineWaits(t *testing.T) {
 	received, err := io.ReadAll(peer)
 	if err != nil || len(received) != 200<<10+len("end\n") || !bytes.HasSuffix(received, []byte("end\n")) {
 		t.Errorf("received %d bytes, %v", len(received), err)
+	}
+}
+
+// An option that the system refuses is an error.
+func TestOptionIsRefused(t *testing.T) {
+	listener, err := Listen("tcp", "127.0.0.1:0", -time.Second)
+	if err == nil {
+		listener.Close()
+	}
+	if !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("with a negative timeout: %v, want %v", err, syscall.EINVAL)
 	}
 }
