@@ -406,6 +406,19 @@ func TestSecondServer(t *testing.T) {
 	}
 }
 
+// The program's limits are those of its settings.
+func TestLimitsAreSet(t *testing.T) {
+	t.Parallel()
+	p := start(t, "CHAIN_FILE=", "MAX_STAKE=50", "MAX_VALIDATORS=1")
+	c := p.dial(t)
+	readUntil(t, c, "Enter token balance:")
+	readUntil(t, p.dial(t), "server full, try again later\n")
+	sendLine(t, c, "51")
+	if line, err := c.ReadString('\n'); line != "token balance must be a whole number from 1 to 50, got \"51\"\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+}
+
 // A second Ctrl-C ends the program at once, even while it waits for clients.
 func TestSecondInterrupt(t *testing.T) {
 	t.Parallel()
