@@ -365,13 +365,14 @@ func fanOut(step time.Duration, clients <-chan *client) {
 		default:
 		}
 	}
+	before := len(clients)
 	workers := runtime.GOMAXPROCS(0)
 	for range workers {
 		go work()
 	}
 	steps := time.NewTicker(step)
 	defer steps.Stop()
-	for before := len(clients); ; {
+	for {
 		select {
 		case <-none:
 			return
