@@ -1177,7 +1177,7 @@ func TestBadDotenv(t *testing.T) {
 		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + host + changed},
 		{"PORT=$X\nMAX_STAKE=\\$1\n", `cannot use "$X" for PORT (from .env)` + ": it must be a whole number from 0 to 65535" + changed + "\n" + `cannot use "\$1" for MAX_STAKE (from .env)` + ": it must be a whole number from 1 to 1000000000000" + changed},
 		{"CHAIN_FILE=   # in memory only\n", `cannot use "# in memory only" for CHAIN_FILE (from .env)` + fileName + changed},
-		{"CHAIN_FILE=a.jsonl # see issue #5\n", `cannot use "a.jsonl # see issue" for CHAIN_FILE (from .env)` + fileName + changed},
+		{"CHAIN_FILE=a.jsonl # see note #5\n", `cannot use "a.jsonl # see note" for CHAIN_FILE (from .env)` + fileName + changed},
 		{"CHAIN_FILE=a.jsonl\t# see #5\n", `cannot use "a.jsonl\t# see" for CHAIN_FILE (from .env)` + fileName + changed},
 		{"PORT " + strings.Repeat("x", 100), `cannot read .env: line 1 is not KEY=VALUE: "PORT ` + strings.Repeat("x", 59) + `"`},
 	} {
