@@ -379,8 +379,11 @@ func (c *Blockchain) append(block Block) error {
 
 // write appends text to the file and syncs it. Its error means what that of append means.
 func (c *Blockchain) write(text []byte) error {
-	if err := c.checkFile(); err != nil {
-		return err
+	switch err := c.checkFile(); {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EIO):
+		return err // the system has refused the answer, which may pass
+	case err != nil:
+		return fmt.Errorf("%w: %w", errChainLost, err)
 	}
 	if err := c.removeTail(); err != nil {
 		return err
@@ -413,29 +416,26 @@ func (c *Blockchain) removeTail() error {
 	return err
 }
 
-// checkFile returns an error that wraps errChainLost if something else has deleted or
-// replaced the file, or changed its size. If it is refused the answer, which may pass, its
-// error does not wrap errChainLost.
+// checkFile returns an error if something else has deleted or replaced the file, or
+// changed its size, or if that cannot be found out.
 func (c *Blockchain) checkFile() error {
 	name, size := c.file.Name(), c.size+c.tail
-	var named fs.FileInfo
 	opened, err := c.file.Stat()
-	if err == nil {
-		named, err = os.Stat(name)
+	if err != nil {
+		return err
 	}
+	named, err := os.Stat(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, name)
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EIO):
-		return err
+		return fmt.Errorf("%s was deleted while the server ran", name)
 	case err != nil:
-		return fmt.Errorf("%w: %w", errChainLost, err)
+		return err
 	case !os.SameFile(opened, named):
-		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, name)
+		return fmt.Errorf("%s was replaced by another file while the server ran", name)
 	case opened.Size() > size:
-		return fmt.Errorf("%w: %s was made longer by something else while the server ran: from %d to %d bytes", errChainLost, name, size, opened.Size())
+		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
 	case opened.Size() < size:
-		return fmt.Errorf("%w: %s was made shorter by something else while the server ran: from %d to %d bytes", errChainLost, name, size, opened.Size())
+		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
 	}
 	return nil
 }

@@ -1101,10 +1101,14 @@ func TestBrackets(t *testing.T) {
 	}
 }
 
+// What a fault says that HOST and CHAIN_FILE must be.
+const (
+	mustBeHost = ": it must be a name or an address of this machine, or empty for all of them; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined"
+	mustBeFile = ": it must be a file name without control characters, or empty"
+)
+
 func TestBadSettings(t *testing.T) {
 	const duration = ": it must be a duration of at least 1ms, such as 30s or 1m30s"
-	const unjoinable = ": it must be a name or an address of this machine, or empty for all of them; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined"
-	const noFile = ": it must be a file name without control characters, or empty"
 	for _, test := range []struct{ key, value, want string }{
 		{"PORT", "", ": it must be a whole number from 0 to 65535"},
 		{"PORT", "-1", ": it must be a whole number from 0 to 65535"},
@@ -1121,19 +1125,19 @@ func TestBadSettings(t *testing.T) {
 		{"MAX_VALIDATORS", "1000001", ": it must be a whole number from 1 to 1000000"},
 		{"MAX_STAKE", "0", ": it must be a whole number from 1 to 1000000000000"},
 		{"MAX_STAKE", "1000000000001", ": it must be a whole number from 1 to 1000000000000"},
-		{"HOST", "224.0.0.0", unjoinable},
-		{"HOST", "239.255.255.255", unjoinable},
-		{"HOST", "::ffff:224.0.0.1", unjoinable},
-		{"HOST", "ff02::1", unjoinable},
-		{"HOST", "[ff02::1]", unjoinable},
-		{"HOST", "255.255.255.255", unjoinable},
-		{"HOST", "127.255.255.255", unjoinable}, // of the loopback interface's network
-		{"HOST", "[]", unjoinable},
-		{"HOST", "[localhost]", unjoinable},
-		{"HOST", "127.0.0.1\r", unjoinable},
-		{"HOST", "a\x1b[31mb", unjoinable},
-		{"CHAIN_FILE", "no\x1b[31m/chain.jsonl", noFile},
-		{"CHAIN_FILE", "a.jsonl\nMAX_STAKE=5", noFile},
+		{"HOST", "224.0.0.0", mustBeHost},
+		{"HOST", "239.255.255.255", mustBeHost},
+		{"HOST", "::ffff:224.0.0.1", mustBeHost},
+		{"HOST", "ff02::1", mustBeHost},
+		{"HOST", "[ff02::1]", mustBeHost},
+		{"HOST", "255.255.255.255", mustBeHost},
+		{"HOST", "127.255.255.255", mustBeHost}, // of the loopback interface's network
+		{"HOST", "[]", mustBeHost},
+		{"HOST", "[localhost]", mustBeHost},
+		{"HOST", "127.0.0.1\r", mustBeHost},
+		{"HOST", "a\x1b[31mb", mustBeHost},
+		{"CHAIN_FILE", "no\x1b[31m/chain.jsonl", mustBeFile},
+		{"CHAIN_FILE", "a.jsonl\nMAX_STAKE=5", mustBeFile},
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
@@ -1162,23 +1166,21 @@ func TestBadSettings(t *testing.T) {
 
 // A fault in .env is named by its line, and nothing else of the file is shown.
 func TestBadDotenv(t *testing.T) {
-	const fileName = ": it must be a file name without control characters, or empty"
-	const host = ": it must be a name or an address of this machine, or empty for all of them; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined"
 	const changed = "; $, \\ and # have a meaning there, so put the value in single quotes to keep them"
 	for _, test := range []struct{ dotenv, want string }{
 		{"PORT 9000", `cannot read .env: line 1 is not KEY=VALUE: "PORT 9000"`},
 		{"SECRET=a\nPORT 9000\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "PORT 9000"`},
 		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `cannot read .env: line 2 is not KEY=VALUE: "\x1b[2J"`},
 		{"\xff\xfeP\x00=\x001\x00", "cannot read .env: it is not in UTF-8, but perhaps in UTF-16; save it as UTF-8"},
-		{"CHAIN_FILE=$PWD/x.jsonl\n", `cannot use "$PWD/x.jsonl" for CHAIN_FILE (from .env)` + fileName + changed},
-		{"SECRET=hush\nCHAIN_FILE=\"${SECRET}.jsonl\"\n", `cannot use "${SECRET}.jsonl" for CHAIN_FILE (from .env)` + fileName + changed},
-		{`CHAIN_FILE="C:\new.jsonl"`, `cannot use "C:\new.jsonl" for CHAIN_FILE (from .env)` + fileName + changed},
-		{`HOST="a\"b"`, `cannot use "a\"b" for HOST (from .env)` + host + changed},
-		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + host + changed},
+		{"CHAIN_FILE=$PWD/x.jsonl\n", `cannot use "$PWD/x.jsonl" for CHAIN_FILE (from .env)` + mustBeFile + changed},
+		{"SECRET=hush\nCHAIN_FILE=\"${SECRET}.jsonl\"\n", `cannot use "${SECRET}.jsonl" for CHAIN_FILE (from .env)` + mustBeFile + changed},
+		{`CHAIN_FILE="C:\new.jsonl"`, `cannot use "C:\new.jsonl" for CHAIN_FILE (from .env)` + mustBeFile + changed},
+		{`HOST="a\"b"`, `cannot use "a\"b" for HOST (from .env)` + mustBeHost + changed},
+		{"HOST=\"\x1b[2J$X\"", `cannot use "\x1b[2J$X" for HOST (from .env)` + mustBeHost + changed},
 		{"PORT=$X\nMAX_STAKE=\\$1\n", `cannot use "$X" for PORT (from .env)` + ": it must be a whole number from 0 to 65535" + changed + "\n" + `cannot use "\$1" for MAX_STAKE (from .env)` + ": it must be a whole number from 1 to 1000000000000" + changed},
-		{"CHAIN_FILE=   # in memory only\n", `cannot use "# in memory only" for CHAIN_FILE (from .env)` + fileName + changed},
-		{"CHAIN_FILE=a.jsonl # see note #5\n", `cannot use "a.jsonl # see note" for CHAIN_FILE (from .env)` + fileName + changed},
-		{"CHAIN_FILE=a.jsonl\t# see #5\n", `cannot use "a.jsonl\t# see" for CHAIN_FILE (from .env)` + fileName + changed},
+		{"CHAIN_FILE=   # in memory only\n", `cannot use "# in memory only" for CHAIN_FILE (from .env)` + mustBeFile + changed},
+		{"CHAIN_FILE=a.jsonl # see note #5\n", `cannot use "a.jsonl # see note" for CHAIN_FILE (from .env)` + mustBeFile + changed},
+		{"CHAIN_FILE=a.jsonl\t# see #5\n", `cannot use "a.jsonl\t# see" for CHAIN_FILE (from .env)` + mustBeFile + changed},
 		{"PORT " + strings.Repeat("x", 100), `cannot read .env: line 1 is not KEY=VALUE: "PORT ` + strings.Repeat("x", 59) + `"`},
 	} {
 		inDirectory(t, test.dotenv)

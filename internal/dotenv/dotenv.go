@@ -34,15 +34,16 @@ func Read(name string) (values, changed map[string]string, err error) {
 	written, _ := godotenv.Unmarshal(inert.Replace(text)) // the same keys, so no error either
 	changed = make(map[string]string)
 	for key, value := range written {
-		if value = asWritten.Replace(value); value != values[key] {
-			changed[key] = value
-		} else if comment.MatchString(value) && !strings.Contains(text, `'`+value+`'`) && !strings.Contains(text, `"`+value+`"`) {
+		value = asWritten.Replace(value)
+		quoted := strings.Contains(text, `'`+value+`'`) || strings.Contains(text, `"`+value+`"`)
+		if value != values[key] || comment.MatchString(value) && !quoted {
 			changed[key] = value
 		}
 	}
 	return values, changed, nil
 }
 
+// comment matches a value that a comment may begin in.
 var comment = regexp.MustCompile(`(^|\s)#`)
 
 // readText returns what is in the file, and a newline after it, without which godotenv
