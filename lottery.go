@@ -216,7 +216,7 @@ func (l *lottery) run(ctx context.Context, to announcer) error {
 				if err := l.pickWinner(tick, to); err != nil {
 					return err
 				}
-			default:
+			case <-time.After(time.Millisecond): // the ticks of one instant may arrive in any order
 			}
 			to.broadcast(l.chain.latest())
 		}

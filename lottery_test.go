@@ -351,6 +351,33 @@ func TestDrawFails(t *testing.T) {
 	blocks(t, l.chain)
 }
 
+// An onBroadcast is an announcer that is called for broadcasts.
+type onBroadcast func()
+
+func (onBroadcast) announce(*validator, int64) {}
+func (f onBroadcast) broadcast(chain [][]byte) { f() }
+
+// Where a draw and a broadcast are due at the same instant the draw comes first, though its
+// tick may arrive later. That is rare, hence so many.
+func TestTicksOfOneInstant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := testLottery(t)
+		l.roundInterval, l.broadcastInterval = time.Second, time.Second
+		ctx, stop := context.WithCancel(t.Context())
+		broadcasts := 0
+		if err := l.run(ctx, onBroadcast(func() {
+			if since := time.Since(l.lastTick); since > time.Second/2 {
+				t.Fatalf("broadcast %d is %v after a draw", broadcasts, since)
+			}
+			if broadcasts++; broadcasts == 200_000 {
+				stop()
+			}
+		})); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 // A chain that is lost ends the run, without a word to the validators.
 func TestChainIsLost(t *testing.T) {
 	name, _ := newChainFile(t, 1)
