@@ -95,7 +95,8 @@ func main() {
 	}
 	deadline := time.Now().Add(flushLimit)
 	stdout.Flush(deadline)
-	stderr.Flush(deadline.Add(flushLimit / 10)) // later, since stdout.Flush may have logged
+	// With some time after it, since stdout.Flush may have logged how much is left out.
+	stderr.Flush(time.Now().Add(max(time.Until(deadline), flushLimit/4)))
 	if err != nil {
 		os.Exit(1)
 	}

@@ -578,7 +578,7 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	omitted := func(what string) int {
 		match := regexp.MustCompile(what+": ([0-9]+); it was not read\n").FindAllStringSubmatch(lines, -1)
 		if len(match) != 1 {
-			t.Fatalf("the log says %d times how many %s", len(match), what)
+			t.Fatalf("the log says %d times how many %s, at last %s", len(match), what, lines[len(lines)-1000:])
 		}
 		n, _ := strconv.Atoi(match[0][1])
 		return n

@@ -19,7 +19,7 @@ var ErrNotRead = errors.New("it was not read")
 
 // A Writer queues what is written and returns at once. A goroutine writes the queue and
 // ends when it is empty. A Write that would take the queue beyond 1 MiB is left out, and
-// so are all after it until the queue is empty.
+// so are all after it until the queue has been written.
 type Writer struct {
 	dst     io.Writer
 	leftOut func(writes int, reason error)
@@ -97,6 +97,7 @@ func (w *Writer) writeQueue() {
 			w.omitted++
 			w.err = err
 		} else if len(w.queue) == 0 {
+			w.full = false // although what leftOut writes may be queued now
 			w.reportLocked()
 		}
 	}

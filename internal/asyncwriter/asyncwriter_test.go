@@ -135,6 +135,23 @@ func TestNotices(t *testing.T) {
 	})
 }
 
+// While the notice of what was left out is being written, writes are queued again.
+func TestWriteDuringNotice(t *testing.T) {
+	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+		w.leftOut = func(writes int, _ error) { fmt.Fprintf(w.Notices(), "%d left out;", writes) }
+		io.WriteString(w, "first;")
+		io.WriteString(w, strings.Repeat("x", 1<<20))
+		r.open <- struct{}{}
+		synctest.Wait()
+		io.WriteString(w, "second;")
+		close(r.open)
+		synctest.Wait()
+		if r.text.String() != "first;1 left out;second;" {
+			t.Errorf("written: %.100q", r.text.String())
+		}
+	})
+}
+
 // Writes that fail are counted, and reported when one goes through.
 func TestWriteFails(t *testing.T) {
 	run(t, func(w *Writer, r *reader, report *strings.Builder) {
