@@ -145,7 +145,7 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	return p
 }
 
-// A tcpClient is a connection to the program. Reading gives up 20 seconds after dial.
+// A tcpClient is a connection to the program. Reading gives up waitLimit after dial.
 type tcpClient struct {
 	*net.TCPConn
 	*bufio.Reader
@@ -232,7 +232,7 @@ func TestKill(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 	known, announced := 0, 0 // blocks before, winners in all
-	for kills := range 24 {
+	for kills := 0; kills < 24 || announced == 0 && kills < 240; kills++ {
 		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
 		received := make([]buffer, 3)
 		var playing sync.WaitGroup
@@ -252,7 +252,8 @@ func TestKill(t *testing.T) {
 				}
 			})
 		}
-		time.AfterFunc(time.Duration(rand.Int64N(int64(100*time.Millisecond))), func() { p.Process.Kill() })
+		life := time.Duration(1+kills/24) * 100 * time.Millisecond // more if the disk is too slow for that
+		time.AfterFunc(rand.N(life), func() { p.Process.Kill() })
 		p.Wait()
 		playing.Wait()
 
@@ -688,11 +689,12 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 func TestHalfClosedReadsLate(t *testing.T) {
 	t.Parallel()
 	p := start(t, "CHAIN_FILE=", "ROUND_INTERVAL=200ms")
+	other := p.dial(t)
+	sendLine(t, other, "1")
+	readUntil(t, other, bpmPrompt) // and it will hear of the first draw
 	c := p.dial(t)
 	sendLine(t, c, "100\n72")
 	c.CloseWrite()
-	other := p.dial(t)
-	sendLine(t, other, "1")
 	readUntil(t, other, "winning validator: ")
 	<-time.After(3 * time.Second)
 	received, err := io.ReadAll(c)

@@ -90,7 +90,7 @@ run_command() {
 	'make run')
 		serve_as "$command"
 		grep -q 'the chain is in "chain.jsonl"' "$log" || fail 'no chain.jsonl'
-		soon 5 grep -q '^}' "$work/server.out" || fail 'no block is printed'
+		soon 20 grep -q '^}' "$work/server.out" || fail 'no block is printed'
 		[[ $(whole "$work/server.out") == 1 ]] || fail "standard output of '$command' is not the chain"
 		;;
 	'nc localhost 9000')
@@ -102,24 +102,24 @@ run_command() {
 	'telnet localhost 9000')
 		need_server
 		window telnet-readme "$command"
-		see telnet-readme 5 'Enter token balance:'
+		see telnet-readme 20 'Enter token balance:'
 		type_in telnet-readme 100
-		see telnet-readme 5 'stakes 100 tokens'
+		see telnet-readme 20 'stakes 100 tokens'
 		enter telnet-readme C-d
-		see telnet-readme 5 'closed by foreign host'
+		see telnet-readme 20 'closed by foreign host'
 		;;
 	'rlwrap nc localhost 9000')
 		need_server
 		window rlwrap "$command"
-		see rlwrap 5 'Enter token balance:'
+		see rlwrap 20 'Enter token balance:'
 		type_in rlwrap 100
-		see rlwrap 5 'stakes 100 tokens'
+		see rlwrap 20 'stakes 100 tokens'
 		type_in rlwrap 71
-		see rlwrap 15 'winning validator: .*(you)'
+		see rlwrap 20 'winning validator: .*(you)'
 		enter rlwrap Up BSpace 3
-		see rlwrap 15 'proposed with BPM 73:'
+		see rlwrap 20 'proposed with BPM 73:'
 		press rlwrap C-c
-		see rlwrap 5 '[$] *$'
+		see rlwrap 20 '[$] *$'
 		;;
 	printf*' | nc -N localhost 9000')
 		half_close "$command"
@@ -196,9 +196,9 @@ run_command() {
 		need_chain
 		serve_as "$command" server.log
 		[[ ! -s $work/server.err ]] || fail 'there is more on standard error'
-		soon 5 grep -q "blocks: $(wc -l <chain.jsonl)\$" server.log || fail 'the chain does not go on'
+		soon 20 grep -q "blocks: $(wc -l <chain.jsonl)\$" server.log || fail 'the chain does not go on'
 		if [[ -n ${thirty-} ]]; then # the second time
-			soon 10 gone "$thirty" || fail 'the thirty do not end with the server'
+			soon 20 gone "$thirty" || fail 'the thirty do not end with the server'
 			interrupt "$projector"
 			return
 		fi
@@ -207,17 +207,17 @@ run_command() {
 	'tail -n +1 -f chain.jsonl | jq '*)
 		start projector "$command"
 		projector=$group
-		soon 10 projected 3 || fail 'the projector does not show the chain'
+		soon 20 projected 3 || fail 'the projector does not show the chain'
 		;;
 	'tail -f server.log')
 		start teacher "$command"
-		soon 10 grep -q ' listening on ' "$work/teacher.out" || fail "'$command' does not show the log"
+		soon 20 grep -q ' listening on ' "$work/teacher.out" || fail "'$command' does not show the log"
 		interrupt "$group"
 		;;
 	'nc 192.168.1.20 9000') # with this machine's address, which the log shows
 		output=$(sed -n 's/.* from other machines: //p' server.log | head -n 1)
 		start pupil "(echo 50; sleep 0.5; echo seventy; sleep 60) | ${output:-nc localhost 9000}"
-		soon 10 grep -q 'got "seventy": 50 staked tokens forfeited' "$work/pupil.out" || fail 'a typo costs no stake'
+		soon 20 grep -q 'got "seventy": 50 staked tokens forfeited' "$work/pupil.out" || fail 'a typo costs no stake'
 		interrupt "$group"
 		;;
 	'bash docs/validators.sh $('*'seq'*)
@@ -250,7 +250,7 @@ run_command() {
 		;;
 	'awk -f docs/odds.awk fast.log')
 		stop_second
-		soon 10 gone "$class" || fail 'the class does not end with the server'
+		soon 20 gone "$class" || fail 'the class does not end with the server'
 		output=$(bash -c "$command") || fail "$output"
 		echo "$output"
 		awk '{ won += $5; expected += $NF; rounds = int($7) } $3 > 150 { large += $5 }

@@ -68,7 +68,7 @@ gone() { ps -eo pgid=,stat= | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { lef
 # interrupt GROUP does what Ctrl-C does, and waits.
 interrupt() {
 	kill -INT -- "-$1" 2>/dev/null || true
-	soon 10 gone "$1" || fail "process group $1 goes on after Ctrl-C"
+	soon 20 gone "$1" || fail "process group $1 goes on after Ctrl-C"
 	wait "$1" || true
 }
 

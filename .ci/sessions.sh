@@ -3,7 +3,7 @@
 # serve NAME SETTINGS... starts a server with its log in NAME.log; its port is $port.
 serve() {
 	start "$1" "PORT=0 HOST=localhost $2 exec ./proof-of-stake 2>'$work/$1.log'"
-	soon 10 listening "$work/$1.log" >/dev/null || fail 'the server does not start'
+	soon 20 listening "$work/$1.log" >/dev/null || fail 'the server does not start'
 	port=$(listening "$work/$1.log")
 }
 
@@ -57,18 +57,18 @@ nc_and_telnet() {
 # In a terminal, telnet's Ctrl-C ends it at once, and its block is drawn all the same.
 interrupted_telnet() {
 	window telnet-interrupt "telnet localhost $port; echo it has ended"
-	see telnet-interrupt 5 'Enter token balance:'
+	see telnet-interrupt 20 'Enter token balance:'
 	type_in telnet-interrupt 100
-	see telnet-interrupt 5 'stakes 100 tokens'
+	see telnet-interrupt 20 'stakes 100 tokens'
 	local address
 	address=$(screen telnet-interrupt | sed -n 's/.*validator \([0-9a-f]*\) stakes.*/\1/p')
-	soon 10 grep -q "block 1: " "$work/clients.log" || fail 'no first draw' # so that the next is seconds away
+	soon 20 grep -q "block 1: " "$work/clients.log" || fail 'no first draw' # so that the next is seconds away
 	type_in telnet-interrupt 72
-	see telnet-interrupt 5 'block 2 proposed with BPM 72'
+	see telnet-interrupt 20 'block 2 proposed with BPM 72'
 	press telnet-interrupt C-c
-	see telnet-interrupt 2 '^it has ended'
+	see telnet-interrupt 20 '^it has ended'
 	! grep -q 'block 2: ' "$work/clients.log" || fail 'telnet did not end before the draw'
-	soon 10 grep -q "block 2: validator $address wins with 100 tokens" "$work/clients.log" ||
+	soon 20 grep -q "block 2: validator $address wins with 100 tokens" "$work/clients.log" ||
 		fail 'after Ctrl-C in telnet its block was not in the draw'
 	pass "telnet's Ctrl-C ends it at once; its stake and block stay for the draw"
 }
@@ -76,12 +76,12 @@ interrupted_telnet() {
 # PuTTY negotiates as soon as it connects.
 plink_session() {
 	window plink "plink -telnet -P $port localhost"
-	see plink 5 'Enter token balance:'
+	see plink 20 'Enter token balance:'
 	type_in plink 100
-	see plink 5 'stakes 100 tokens'
+	see plink 20 'stakes 100 tokens'
 	enter plink 7 3 BSpace 2
-	see plink 5 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
-	see plink 10 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
+	see plink 20 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
+	see plink 20 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
 	pass 'plink -telnet from joining to a winner'
 }
 
@@ -90,7 +90,7 @@ bpm_of_block() { sed -n "$(($1 + 1))p" "$work/typed.jsonl" | jq .BPM; }
 
 # wins WINDOW waits until the window's validator has won, and prints the block's index.
 wins() {
-	soon 10 shows "$1" 'winning validator: [0-9a-f]* (you)' || fail "$1 does not win"
+	soon 20 shows "$1" 'winning validator: [0-9a-f]* (you)' || fail "$1 does not win"
 	screen "$1" | sed -n 's/.*block \([0-9]*\) proposed.*/\1/p' | tail -n 1
 }
 
@@ -100,51 +100,51 @@ typed() {
 	local server=$group window block
 
 	window character "telnet localhost $port"
-	see character 5 'Enter token balance:'
+	see character 20 'Enter token balance:'
 	press character C-]
-	see character 5 'telnet>'
+	see character 20 'telnet>'
 	type_in character 'mode character'
 	enter character 1 0 1 BSpace 0
-	see character 5 'stakes 100 tokens'
-	see character 5 '^Enter a new BPM:' # and not somewhere else in the line
+	see character 20 'stakes 100 tokens'
+	see character 20 '^Enter a new BPM:' # and not somewhere else in the line
 	enter character 7 3 BSpace Left 2
-	see character 5 'proposed with BPM 72:'
+	see character 20 'proposed with BPM 72:'
 	block=$(wins character)
 	[[ $(bpm_of_block "$block") == 72 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
-	see character 5 '^winning validator:'
+	see character 20 '^winning validator:'
 	pass 'telnet in character mode, from joining to winning, with typing errors corrected'
 
 	window raw "socat -,raw,echo=0 TCP:localhost:$port; echo it has ended"
-	see raw 5 'Enter token balance:'
+	see raw 20 'Enter token balance:'
 	enter raw 1 0 0
-	see raw 5 'stakes 100 tokens'
+	see raw 20 'stakes 100 tokens'
 	enter raw 9 9 C-u 7 4 Up
-	see raw 5 'proposed with BPM 74:'
+	see raw 20 'proposed with BPM 74:'
 	block=$(wins raw)
 	[[ $(bpm_of_block "$block") == 74 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
-	see raw 5 '^winning validator:'
+	see raw 20 '^winning validator:'
 	press raw C-c
-	see raw 5 'it has ended'
+	see raw 20 'it has ended'
 	pass 'socat, whose terminal handles no key, from joining to Ctrl-C'
 
 	window arrow "nc localhost $port"
-	see arrow 5 'Enter token balance:'
+	see arrow 20 'Enter token balance:'
 	type_in arrow 100
-	see arrow 5 'stakes 100 tokens'
+	see arrow 20 'stakes 100 tokens'
 	enter arrow Up 7 5
-	see arrow 5 'proposed with BPM 75:'
+	see arrow 20 'proposed with BPM 75:'
 	wins arrow >/dev/null
 	pass 'an arrow key in nc costs nothing'
 
 	window end-of-input "telnet localhost $port; echo it has ended"
-	see end-of-input 5 'Enter token balance:'
+	see end-of-input 20 'Enter token balance:'
 	type_in end-of-input 100
-	see end-of-input 5 'stakes 100 tokens'
+	see end-of-input 20 'stakes 100 tokens'
 	type_in end-of-input 76
-	see end-of-input 5 'proposed with BPM 76:'
+	see end-of-input 20 'proposed with BPM 76:'
 	enter end-of-input C-d
 	wins end-of-input >/dev/null
-	see end-of-input 5 'it has ended'
+	see end-of-input 20 'it has ended'
 	! grep -q forfeits "$work/typed.log" || fail 'a key has cost a stake'
 	pass "Ctrl-D in telnet ends its input; it still hears of the round's winner"
 	interrupt "$server"
@@ -162,10 +162,13 @@ heard() { grep -c '^winning validator: .*(you)' "$work/$1.out" || true; }
 heard_at_least() { (($(heard "$1") >= $2)); }
 drawn_at_least() { (($(drawn "$1") >= $2)); }
 
+# shown succeeds when the terminal has shown all blocks. Ctrl-C would make it discard the rest.
+shown() { (($(grep -c 'main[.]Block) {' "$work/ctrl-s.raw") == $(drawn ctrl-s) + 1)); }
+
 # A terminal that is stopped with Ctrl-S holds up nobody, and gets every block later.
 stopped_terminal() {
 	window ctrl-s "PORT=0 HOST=localhost ROUND_INTERVAL=20ms CHAIN_FILE= ./proof-of-stake 2>'$work/ctrl-s.log'"
-	soon 10 listening "$work/ctrl-s.log" >/dev/null || fail 'the server in a terminal does not start'
+	soon 20 listening "$work/ctrl-s.log" >/dev/null || fail 'the server in a terminal does not start'
 	port=$(listening "$work/ctrl-s.log")
 	press ctrl-s C-s
 	local heard_so_far size
@@ -175,12 +178,13 @@ stopped_terminal() {
 	size=$(stat -c %s "$work/ctrl-s.raw")
 	((size < 300 * 400)) || fail "Ctrl-S did not stop the terminal: $size bytes"
 	heard_so_far=$(heard ctrl-s-client)
-	soon 5 heard_at_least ctrl-s-client $((heard_so_far + 50)) || fail 'draws stop when the terminal is stopped'
+	soon 20 heard_at_least ctrl-s-client $((heard_so_far + 50)) || fail 'draws stop when the terminal is stopped'
 	press ctrl-s C-q
 	kill -TERM -- "-$group"
-	sleep 1 # before Ctrl-C, which makes a terminal discard what it has not shown yet
+	sleep 1 # for the last draw
+	soon 20 shown || fail "not all of $(drawn ctrl-s) blocks and the first are shown"
 	press ctrl-s C-c
-	see ctrl-s 10 '[$] *$'
+	see ctrl-s 20 '[$] *$'
 	grep -q 'shutting down' "$work/ctrl-s.log" || fail 'Ctrl-C did not stop the server'
 	! grep -q 'left out' "$work/ctrl-s.log" || fail 'blocks were left out'
 	# The command, the prompts and ^C are on the screen too; bash ends bracketed paste before the first block.
@@ -193,25 +197,25 @@ stopped_terminal() {
 # A less that shows its first screen holds up nobody. What is too much is counted.
 less_that_waits() {
 	window less "PORT=0 HOST=localhost ROUND_INTERVAL=2ms CHAIN_FILE= ./proof-of-stake 2>'$work/less.log' | less"
-	soon 10 listening "$work/less.log" >/dev/null || fail 'the server before less does not start'
+	soon 20 listening "$work/less.log" >/dev/null || fail 'the server before less does not start'
 	port=$(listening "$work/less.log")
 	start less-client "$(proposer less 0.002)"
-	soon 60 drawn_at_least less 3500 || fail 'draws stop when less does not read'
-	see less 1 'main.Block'
+	soon 120 drawn_at_least less 3500 || fail 'draws stop when less does not read'
+	see less 20 'main.Block'
 	kill -TERM -- "-$group"
 	press less G # to the end
 	soon 20 grep -q 'blocks left out of standard output: [0-9]' "$work/less.log" ||
 		fail 'the log does not say how many blocks less did not get'
 	press less C-c
-	soon 10 grep -q 'shutting down' "$work/less.log" || fail 'Ctrl-C did not stop the server'
+	soon 20 grep -q 'shutting down' "$work/less.log" || fail 'Ctrl-C did not stop the server'
 	press less q
-	see less 5 '[$] *$'
+	see less 20 '[$] *$'
 	pass "less holds up no draw: $(drawn less) blocks;$(sed -n 's/.*\( blocks left out.*\)/\1/p' "$work/less.log" | head -n 1)"
 }
 
 sessions() {
 	nc_and_telnet
-	serve clients 'ROUND_INTERVAL=4s CHAIN_FILE='
+	serve clients 'ROUND_INTERVAL=8s CHAIN_FILE='
 	local server=$group
 	printf '1\n1\n' | nc -N localhost "$port" >/dev/null & # wins block 1
 	wait $!

@@ -185,10 +185,15 @@ func (c *Conn) afterRead(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.handling = true
+	err = reason(err)
+	if err == ErrTimeout {
+		c.err = err // the writer may have been told only that the pipe is broken
+		c.failLocked(err)
+	}
 	if c.err != nil {
 		return c.err
 	}
-	return reason(err)
+	return err
 }
 
 // interrupt resets the connection if something is being written, for which Close would

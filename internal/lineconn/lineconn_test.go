@@ -210,6 +210,7 @@ func TestReadsWhileWriting(t *testing.T) {
 		}
 		c.announce("<2>")
 		go io.WriteString(c.peer, "64\n65\n")
+		synctest.Wait()
 		received := make([]byte, len(want))
 		if _, err := io.ReadFull(c.peer, received); err != nil || string(received) != want {
 			t.Errorf("received %q, %v, want %q", received, err, want)
@@ -588,6 +589,19 @@ func TestReset(t *testing.T) {
 		c.announce("<>")
 		if err := <-done; err != ErrTimeout || c.Err() != ErrTimeout {
 			t.Errorf("ReadLine: %v, Err: %v", err, c.Err())
+		}
+	})
+	run(t, func(c *client) { // the system gives up the client, and tells the writer only that the pipe is broken
+		c.mu.Lock()
+		c.failLocked(syscall.EPIPE)
+		c.mu.Unlock()
+		if err := c.afterRead(syscall.ETIMEDOUT); err != ErrTimeout || c.Err() != ErrTimeout {
+			t.Errorf("Read: %v, Err: %v", err, c.Err())
+		}
+	})
+	run(t, func(c *client) { // or tells the reader alone
+		if err := c.afterRead(syscall.ETIMEDOUT); err != ErrTimeout || c.Err() != ErrTimeout || !c.its.WasReset() {
+			t.Errorf("Read: %v, Err: %v, reset: %v", err, c.Err(), c.its.WasReset())
 		}
 	})
 	for _, err := range []error{syscall.ETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.Errno(10060)} {

@@ -45,7 +45,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write closes the connection and fails with ETIMEDOUT after UserTimeout.
+// Write fails with ETIMEDOUT after UserTimeout.
 func (c *Conn) Write(p []byte) (written int, err error) {
 	for start := time.Now(); ; {
 		c.peer.mu.Lock()
@@ -63,7 +63,6 @@ func (c *Conn) Write(p []byte) (written int, err error) {
 		c.out.SetWriteDeadline(deadline)
 		c.mu.Unlock()
 		if !time.Now().Before(end) {
-			c.Close()
 			return written, syscall.ETIMEDOUT
 		}
 		n, err := c.out.Write(p[written:])
