@@ -33,6 +33,7 @@ import (
 	"syscall"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/joho/godotenv"
 
@@ -213,8 +214,11 @@ func chainFileError(set settings, err error) error {
 	return fmt.Errorf("cannot use %q for CHAIN_FILE%s: %w%s", set.chainFile, source, err, remedy)
 }
 
-// windowsEADDRINUSE is WSAEADDRINUSE; package syscall's EADDRINUSE is another number there.
-const windowsEADDRINUSE = syscall.Errno(10048)
+// WSAEADDRINUSE and WSAEACCES; package syscall's EADDRINUSE and EACCES are other numbers there.
+const (
+	windowsEADDRINUSE = syscall.Errno(10048)
+	windowsEACCES     = syscall.Errno(10013)
+)
 
 // hostMust is what HOST must be.
 const hostMust = "a name or an address of this machine, or empty for all of them"
@@ -238,21 +242,28 @@ func listen(set settings) (net.Listener, error) {
 	if addr, _ := netip.ParseAddr(set.host); addr.Unmap().Is4() {
 		network = "tcp4"
 	}
-	port := set.port
-	listener, err := lineconn.Listen(network, net.JoinHostPort(set.host, strconv.Itoa(port)), lineconn.Timeout)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
-		other := 9100
-		if port == other {
-			other = 9200
-		}
-		return nil, fmt.Errorf("cannot listen on port %d: it is in use; choose another: PORT=%d", port, other)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("cannot listen on port %d: %w; choose another: PORT=9000", port, err)
-	case err != nil:
-		return nil, fmt.Errorf("cannot listen on port %d with %q for HOST%s, which must be %s: %w", port, set.host, set.hostSource, hostMust, err)
+	listener, err := lineconn.Listen(network, net.JoinHostPort(set.host, strconv.Itoa(set.port)), lineconn.Timeout)
+	if err != nil {
+		return nil, listenError(set, err)
 	}
 	return listener, nil
+}
+
+// listenError says why the server cannot listen. HOST can be at fault only if it is set.
+func listenError(set settings, err error) error {
+	other := 9100
+	if set.port == other {
+		other = 9200
+	}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
+		return fmt.Errorf("cannot listen on port %d: it is in use; choose another: PORT=%d", set.port, other)
+	case errors.Is(err, syscall.EACCES), errors.Is(err, windowsEACCES): // it is reserved
+		return fmt.Errorf("cannot listen on port %d: %w; choose another: PORT=%d", set.port, err, other)
+	case set.host != "":
+		return fmt.Errorf("cannot listen on port %d with %q for HOST%s, which must be %s: %w", set.port, set.host, set.hostSource, hostMust, err)
+	}
+	return fmt.Errorf("cannot listen on port %d: %w", set.port, err)
 }
 
 // logListening logs the address listened on, and how to join: from this machine and, if
@@ -305,6 +316,10 @@ type settings struct {
 	maxStake          int // tokens
 }
 
+// invisible reports whether r shows nothing or drives a terminal. The system's errors show
+// HOST and CHAIN_FILE unquoted, and two names that look alike would be two chains.
+func invisible(r rune) bool { return !unicode.IsGraphic(r) }
+
 // readSettings takes each setting from the nearest place that has it: first the
 // environment, that is, whoever starts the server; then .env, which belongs to the
 // directory; then .env.example. A source says which it was, and is empty for the last. The
@@ -349,8 +364,7 @@ func readSettings() (set settings, warnings []string, err error) {
 			// Quoted for the terminal, and otherwise as it is in the file.
 			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
 			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: %s; $, \\ and # have a meaning there, so put the value in single quotes to keep them", quoted, key, source, must))
-		} else if !use(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			// The system's errors show HOST and CHAIN_FILE unquoted, so no value may drive a terminal.
+		} else if !use(value) || !utf8.ValidString(value) || strings.ContainsFunc(value, invisible) {
 			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
 		}
 		return source
@@ -384,7 +398,7 @@ func readSettings() (set settings, warnings []string, err error) {
 	set.roundInterval = duration("ROUND_INTERVAL")
 	set.broadcastInterval = duration("BROADCAST_INTERVAL")
 	set.broadcastBlocks = number("BROADCAST_BLOCKS", 0, math.MaxInt)
-	set.chainFileSource = get("CHAIN_FILE", "it must be a file name without control characters, or empty", func(value string) bool {
+	set.chainFileSource = get("CHAIN_FILE", "it must be a file name of visible characters and blanks, or empty", func(value string) bool {
 		set.chainFile = value
 		return true
 	})

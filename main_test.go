@@ -853,6 +853,32 @@ func TestCannotStart(t *testing.T) {
 	}
 }
 
+// HOST is named only if it is set, another port only if that helps, and never the same.
+func TestListenError(t *testing.T) {
+	for _, test := range []struct {
+		port int
+		host string
+		err  error
+		want string
+	}{
+		{9000, "", syscall.EADDRINUSE, "cannot listen on port 9000: it is in use; choose another: PORT=9100"},
+		{9100, "", syscall.Errno(10048), "cannot listen on port 9100: it is in use; choose another: PORT=9200"},
+		{80, "", syscall.EACCES, "cannot listen on port 80: bind: permission denied; choose another: PORT=9100"},
+		{9100, "here", syscall.EACCES, "cannot listen on port 9100: bind: permission denied; choose another: PORT=9200"},
+		{9000, "", syscall.EMFILE, "cannot listen on port 9000: bind: too many open files"},
+		{9000, "", syscall.EPERM, "cannot listen on port 9000: bind: operation not permitted"},
+		{9000, "here", syscall.EADDRNOTAVAIL, `cannot listen on port 9000 with "here" for HOST (from .env), which must be a name or an address of this machine, or empty for all of them: bind: cannot assign requested address`},
+	} {
+		err := listenError(settings{port: test.port, host: test.host, hostSource: " (from .env)"}, os.NewSyscallError("bind", test.err))
+		if err.Error() != test.want {
+			t.Errorf("%v\nwant %s", err, test.want)
+		}
+	}
+	if err := listenError(settings{port: 80}, syscall.Errno(10013)); !strings.HasSuffix(err.Error(), "; choose another: PORT=9100") {
+		t.Error(err)
+	}
+}
+
 // TestSoak has thousands of validators do anything at random, for as long as the
 // environment's SOAK says.
 func TestSoak(t *testing.T) {
@@ -1106,7 +1132,7 @@ func TestBrackets(t *testing.T) {
 // What a fault says that HOST and CHAIN_FILE must be.
 const (
 	mustBeHost = ": it must be a name or an address of this machine, or empty for all of them; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined"
-	mustBeFile = ": it must be a file name without control characters, or empty"
+	mustBeFile = ": it must be a file name of visible characters and blanks, or empty"
 )
 
 func TestBadSettings(t *testing.T) {
@@ -1136,10 +1162,12 @@ func TestBadSettings(t *testing.T) {
 		{"HOST", "127.255.255.255", mustBeHost}, // of the loopback interface's network
 		{"HOST", "[]", mustBeHost},
 		{"HOST", "[localhost]", mustBeHost},
-		{"HOST", "127.0.0.1\r", mustBeHost},
 		{"HOST", "a\x1b[31mb", mustBeHost},
 		{"CHAIN_FILE", "no\x1b[31m/chain.jsonl", mustBeFile},
 		{"CHAIN_FILE", "a.jsonl\nMAX_STAKE=5", mustBeFile},
+		{"CHAIN_FILE", "a.jsonl\u200b", mustBeFile}, // no width
+		{"CHAIN_FILE", "\ufeffa.jsonl", mustBeFile},
+		{"CHAIN_FILE", "a\u202eb", mustBeFile}, // turns the direction of writing
 	} {
 		t.Run(test.key+"="+test.value, func(t *testing.T) {
 			inDirectory(t, "")
@@ -1156,6 +1184,15 @@ func TestBadSettings(t *testing.T) {
 			}
 		})
 	}
+	t.Run("what cannot be in .env", func(t *testing.T) {
+		inDirectory(t, "")
+		t.Setenv("HOST", "127.0.0.1\r")
+		t.Setenv("CHAIN_FILE", "a\x9b31mb")
+		want := `cannot use "127.0.0.1\r" for HOST (from the environment)` + mustBeHost + "\n" + `cannot use "a\x9b31mb" for CHAIN_FILE (from the environment)` + mustBeFile
+		if _, _, err := readSettings(); err == nil || err.Error() != want {
+			t.Errorf("%v\nwant %s", err, want)
+		}
+	})
 	t.Run("two", func(t *testing.T) {
 		inDirectory(t, "PORT=x")
 		t.Setenv("MAX_VALIDATORS", "y")
@@ -1164,6 +1201,17 @@ func TestBadSettings(t *testing.T) {
 			t.Errorf("two faults: %v", err)
 		}
 	})
+}
+
+// What people call their files is no fault.
+func TestFileNames(t *testing.T) {
+	inDirectory(t, "")
+	for _, name := range []string{"my chain (1).jsonl", "Prüfung\u00a01.jsonl", "u\u0308bung.jsonl", "第１\u3000課.jsonl", `C:\chain.jsonl`} {
+		t.Setenv("CHAIN_FILE", name)
+		if set, _, err := readSettings(); err != nil || set.chainFile != name {
+			t.Errorf("CHAIN_FILE=%s: %q, %v", name, set.chainFile, err)
+		}
+	}
 }
 
 // A fault in .env is named by its line, and nothing else of the file is shown.

@@ -75,6 +75,9 @@ func readText(name string) (string, error) {
 	if !utf8.Valid(text) || bytes.IndexByte(text, 0) >= 0 {
 		return "", errors.New("it is not in UTF-8, but perhaps in UTF-16; save it as UTF-8")
 	}
+	if bytes.Count(text, []byte("\r")) > bytes.Count(text, []byte("\r\n")) { // which would end no comment
+		return "", errors.New("it has lines that end with a carriage return alone; save it with Unix line ends (LF)")
+	}
 	return strings.TrimPrefix(string(text), "\ufeff") + "\n", nil
 }
 
@@ -86,7 +89,11 @@ func lineError(text string) error {
 		good = good[:strings.LastIndex(strings.TrimSuffix(good, "\n"), "\n")+1]
 	}
 	line, _, _ := strings.Cut(text[len(good):], "\n")
-	return fmt.Errorf("line %d is not KEY=VALUE: %.64q", strings.Count(good, "\n")+1, strings.TrimSpace(line))
+	hint := ""
+	if strings.Contains(line, "=") {
+		hint = "; a key has letters, digits, _ and . only, and a quote before a value needs one after it"
+	}
+	return fmt.Errorf("line %d is not KEY=VALUE: %.64q%s", strings.Count(good, "\n")+1, strings.TrimSpace(line), hint)
 }
 
 // In a text from inert, noncharacters of Unicode stand for $ and \, and for the quotes after

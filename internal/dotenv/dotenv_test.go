@@ -98,16 +98,22 @@ func TestChanged(t *testing.T) {
 // The error names the line at fault and shows nothing else of the file.
 func TestBadText(t *testing.T) {
 	const encoding = "it is not in UTF-8, but perhaps in UTF-16; save it as UTF-8"
+	const returns = "it has lines that end with a carriage return alone; save it with Unix line ends (LF)"
+	const hint = "; a key has letters, digits, _ and . only, and a quote before a value needs one after it"
 	for _, test := range []struct{ text, want string }{
 		{"PORT", `line 1 is not KEY=VALUE: "PORT"`},
 		{"PORT 9000", `line 1 is not KEY=VALUE: "PORT 9000"`},
 		{"\ufeffPORT 9000", `line 1 is not KEY=VALUE: "PORT 9000"`},
-		{"SECRET=a\n\ufeffPORT=1\n", `line 2 is not KEY=VALUE: "\ufeffPORT=1"`},
+		{"SECRET=a\n\ufeffPORT=1\n", `line 2 is not KEY=VALUE: "\ufeffPORT=1"` + hint},
 		{"SECRET=a\nPORT 9000\nSECRET=b\n", `line 2 is not KEY=VALUE: "PORT 9000"`},
 		{"SECRET=a\r\nPORT 9000\r\nSECRET=b\r\n", `line 2 is not KEY=VALUE: "PORT 9000"`},
-		{"SECRET='a\nb'\n\n# comment\nHOST=\"x\nSECRET=c\n", `line 5 is not KEY=VALUE: "HOST=\"x"`},
-		{"SECRET=a\nHOST=\"x\nSECRET=\"b\"\n", `line 2 is not KEY=VALUE: "HOST=\"x"`},
+		{"SECRET='a\nb'\n\n# comment\nHOST=\"x\nSECRET=c\n", `line 5 is not KEY=VALUE: "HOST=\"x"` + hint},
+		{"SECRET=a\nHOST=\"x\nSECRET=\"b\"\n", `line 2 is not KEY=VALUE: "HOST=\"x"` + hint},
 		{"SECRET=a\n\x1b[2J\nSECRET=b\n", `line 2 is not KEY=VALUE: "\x1b[2J"`},
+		{"SECRET=a\nROUND-INTERVAL=1s\n", `line 2 is not KEY=VALUE: "ROUND-INTERVAL=1s"` + hint},
+		{"A='x'y\n", `line 1 is not KEY=VALUE: "A='x'y"` + hint},
+		{"# comment\rPORT=1\r", returns},
+		{"PORT=1\r\n# comment\rHOST=a\r\n", returns},
 		{"\xff\xfeP\x00=\x001\x00", encoding},
 		{"\xfe\xff\x00P\x00=\x001", encoding},
 		{"P\x00=\x001\x00", encoding},

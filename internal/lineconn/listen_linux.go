@@ -3,6 +3,7 @@ package lineconn
 import (
 	"cmp"
 	"net"
+	"os"
 	"syscall"
 	"time"
 )
@@ -23,14 +24,18 @@ const maxRetry = 5 * time.Second
 func beforeClose(conn TCPConn) {
 	if conn, ok := conn.(syscall.Conn); ok {
 		if raw, err := conn.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { setMaxRetry(fd, 2*time.Minute) })
+			raw.Control(func(fd uintptr) { setOption(fd, syscall.IPPROTO_TCP, tcpRTOMax, 120_000) })
 		}
 	}
 }
 
-// setMaxRetry has no effect on a system without the option.
-func setMaxRetry(fd uintptr, d time.Duration) {
-	syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpRTOMax, int(d.Milliseconds()))
+// setOption has no effect on a system without the option, as WSL 1 is without TCP_USER_TIMEOUT.
+func setOption(fd uintptr, level, name, value int) error {
+	err := syscall.SetsockoptInt(int(fd), level, name, value)
+	if err == syscall.ENOPROTOOPT {
+		return nil
+	}
+	return os.NewSyscallError("setsockopt", err)
 }
 
 // writeBuffer bounds in bytes what the kernel holds for a client that reads slowly; Linux
@@ -55,12 +60,10 @@ func listenConfig(timeout time.Duration) net.ListenConfig {
 					{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, idle},
 					{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, interval},
 					{syscall.IPPROTO_TCP, tcpUserTimeout, int(timeout.Milliseconds())},
+					{syscall.IPPROTO_TCP, tcpRTOMax, int(maxRetry.Milliseconds())},
 				} {
-					if err == nil {
-						err = syscall.SetsockoptInt(int(fd), option.level, option.name, option.value)
-					}
+					err = cmp.Or(err, setOption(fd, option.level, option.name, option.value))
 				}
-				setMaxRetry(fd, maxRetry)
 			}
 			failed := conn.Control(set)
 			return cmp.Or(failed, err)

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"regexp"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -136,13 +137,23 @@ func TestLastLineWaits(t *testing.T) {
 	}
 }
 
-// An option that the system refuses is an error.
+// An option that the system refuses is an error, one that it does not have is not.
 func TestOptionIsRefused(t *testing.T) {
 	listener, err := Listen("tcp", "127.0.0.1:0", -time.Second)
 	if err == nil {
 		listener.Close()
 	}
-	if !errors.Is(err, syscall.EINVAL) {
+	if !errors.Is(err, syscall.EINVAL) || !strings.Contains(err.Error(), "setsockopt") {
 		t.Errorf("with a negative timeout: %v, want %v", err, syscall.EINVAL)
 	}
+	_, its := accept(t, Timeout)
+	raw, err := its.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) {
+		if err := setOption(fd, syscall.IPPROTO_TCP, 9999, 1); err != nil {
+			t.Errorf("with an unknown option: %v", err)
+		}
+	})
 }
