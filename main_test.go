@@ -1255,10 +1255,10 @@ func TestUnusedExpansion(t *testing.T) {
 
 // A key that is no setting is named, and nothing in it reaches a terminal unquoted.
 func TestUnknownKeys(t *testing.T) {
-	inDirectory(t, "PORT=1\nPROT\r2=hush\nHOTS=hush\n")
+	inDirectory(t, "PORT=1\nPROT\f2=hush\nHOTS=hush\n")
 	_, warnings, err := readSettings()
 	const rest = " in .env is no setting; the settings are in .env.example, or: proof-of-stake -h"
-	if want := []string{"HOTS" + rest, `PROT\r2` + rest}; err != nil || !slices.Equal(warnings, want) {
+	if want := []string{"HOTS" + rest, `PROT\f2` + rest}; err != nil || !slices.Equal(warnings, want) {
 		t.Errorf("%q, %v, want %q", warnings, err, want)
 	}
 }
