@@ -203,21 +203,25 @@ func (l *lottery) run(ctx context.Context, to announcer) error {
 
 	l.dump(l.chain.head)
 	for {
+		var draw time.Time // the tick, if a draw is due
+		broadcast := false
 		select {
 		case <-ctx.Done():
 			return nil
-		case tick := <-draws.C:
-			if err := l.pickWinner(tick, to); err != nil {
-				return err
-			}
+		case draw = <-draws.C:
 		case <-broadcasts.C:
+			broadcast = true
 			select {
-			case tick := <-draws.C:
-				if err := l.pickWinner(tick, to); err != nil {
-					return err
-				}
+			case draw = <-draws.C:
 			case <-time.After(time.Millisecond): // the ticks of one instant may arrive in any order
 			}
+		}
+		if !draw.IsZero() {
+			if err := l.pickWinner(draw, to); err != nil {
+				return err
+			}
+		}
+		if broadcast {
 			to.broadcast(l.chain.latest())
 		}
 	}
