@@ -316,9 +316,12 @@ type settings struct {
 	maxStake          int // tokens
 }
 
-// invisible reports whether r shows nothing or drives a terminal. The system's errors show
-// HOST and CHAIN_FILE unquoted, and two names that look alike would be two chains.
-func invisible(r rune) bool { return !unicode.IsGraphic(r) }
+// visible reports whether value is UTF-8 in which each character shows and none drives a
+// terminal. The system's errors show HOST and CHAIN_FILE unquoted, and two names that look
+// alike would be two chains.
+func visible(value string) bool {
+	return utf8.ValidString(value) && !strings.ContainsFunc(value, func(r rune) bool { return !unicode.IsGraphic(r) })
+}
 
 // readSettings takes each setting from the nearest place that has it: first the
 // environment, that is, whoever starts the server; then .env, which belongs to the
@@ -364,7 +367,7 @@ func readSettings() (set settings, warnings []string, err error) {
 			// Quoted for the terminal, and otherwise as it is in the file.
 			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
 			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: %s; $, \\ and # have a meaning there, so put the value in single quotes to keep them", quoted, key, source, must))
-		} else if !use(value) || !utf8.ValidString(value) || strings.ContainsFunc(value, invisible) {
+		} else if !use(value) || !visible(value) {
 			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
 		}
 		return source

@@ -102,24 +102,24 @@ run_command() {
 	'telnet localhost 9000')
 		need_server
 		window telnet-readme "$command"
-		see telnet-readme 20 'Enter token balance:'
+		see telnet-readme 'Enter token balance:'
 		type_in telnet-readme 100
-		see telnet-readme 20 'stakes 100 tokens'
+		see telnet-readme 'stakes 100 tokens'
 		enter telnet-readme C-d
-		see telnet-readme 20 'closed by foreign host'
+		see telnet-readme 'closed by foreign host'
 		;;
 	'rlwrap nc localhost 9000')
 		need_server
 		window rlwrap "$command"
-		see rlwrap 20 'Enter token balance:'
+		see rlwrap 'Enter token balance:'
 		type_in rlwrap 100
-		see rlwrap 20 'stakes 100 tokens'
+		see rlwrap 'stakes 100 tokens'
 		type_in rlwrap 71
-		see rlwrap 20 'winning validator: .*(you)'
+		see rlwrap 'winning validator: .*(you)'
 		enter rlwrap Up BSpace 3
-		see rlwrap 20 'proposed with BPM 73:'
+		see rlwrap 'proposed with BPM 73:'
 		press rlwrap C-c
-		see rlwrap 20 '[$] *$'
+		see rlwrap '[$] *$'
 		;;
 	printf*' | nc -N localhost 9000')
 		half_close "$command"

@@ -95,8 +95,8 @@ press() { tmux -S "$work/tmux" send-keys -t "$1" "$2"; }
 screen() { tmux -S "$work/tmux" capture-pane -p -J -S - -t "$1"; }
 shows() { screen "$1" | grep -q -- "$2"; }
 
-# see WINDOW SECONDS PATTERN waits until the pattern is on the screen.
-see() { soon "$2" shows "$1" "$3" || fail "$1 does not show '$3' within $2 s"; }
+# see WINDOW PATTERN waits until the pattern is on the screen.
+see() { soon 20 shows "$1" "$2" || fail "$1 does not show '$2' within 20 s"; }
 
 # whole FILE checks that the file holds nothing but whole blocks, one after another,
 # as spew.Dump prints them, and prints how many.

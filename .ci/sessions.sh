@@ -57,16 +57,16 @@ nc_and_telnet() {
 # In a terminal, telnet's Ctrl-C ends it at once, and its block is drawn all the same.
 interrupted_telnet() {
 	window telnet-interrupt "telnet localhost $port; echo it has ended"
-	see telnet-interrupt 20 'Enter token balance:'
+	see telnet-interrupt 'Enter token balance:'
 	type_in telnet-interrupt 100
-	see telnet-interrupt 20 'stakes 100 tokens'
+	see telnet-interrupt 'stakes 100 tokens'
 	local address
 	address=$(screen telnet-interrupt | sed -n 's/.*validator \([0-9a-f]*\) stakes.*/\1/p')
 	soon 20 grep -q "block 1: " "$work/clients.log" || fail 'no first draw' # so that the next is seconds away
 	type_in telnet-interrupt 72
-	see telnet-interrupt 20 'block 2 proposed with BPM 72'
+	see telnet-interrupt 'block 2 proposed with BPM 72'
 	press telnet-interrupt C-c
-	see telnet-interrupt 20 '^it has ended'
+	soon 5 shows telnet-interrupt '^it has ended' || fail 'Ctrl-C does not end telnet at once'
 	! grep -q 'block 2: ' "$work/clients.log" || fail 'telnet did not end before the draw'
 	soon 20 grep -q "block 2: validator $address wins with 100 tokens" "$work/clients.log" ||
 		fail 'after Ctrl-C in telnet its block was not in the draw'
@@ -76,12 +76,12 @@ interrupted_telnet() {
 # PuTTY negotiates as soon as it connects.
 plink_session() {
 	window plink "plink -telnet -P $port localhost"
-	see plink 20 'Enter token balance:'
+	see plink 'Enter token balance:'
 	type_in plink 100
-	see plink 20 'stakes 100 tokens'
+	see plink 'stakes 100 tokens'
 	enter plink 7 3 BSpace 2
-	see plink 20 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
-	see plink 20 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
+	see plink 'block 3 proposed with BPM 72: 100 of 100 tokens so far'
+	see plink 'winning validator: [0-9a-f]* (you) with 100 of 100 tokens'
 	pass 'plink -telnet from joining to a winner'
 }
 
@@ -100,51 +100,51 @@ typed() {
 	local server=$group window block
 
 	window character "telnet localhost $port"
-	see character 20 'Enter token balance:'
+	see character 'Enter token balance:'
 	press character C-]
-	see character 20 'telnet>'
+	see character 'telnet>'
 	type_in character 'mode character'
 	enter character 1 0 1 BSpace 0
-	see character 20 'stakes 100 tokens'
-	see character 20 '^Enter a new BPM:' # and not somewhere else in the line
+	see character 'stakes 100 tokens'
+	see character '^Enter a new BPM:' # and not somewhere else in the line
 	enter character 7 3 BSpace Left 2
-	see character 20 'proposed with BPM 72:'
+	see character 'proposed with BPM 72:'
 	block=$(wins character)
 	[[ $(bpm_of_block "$block") == 72 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
-	see character 20 '^winning validator:'
+	see character '^winning validator:'
 	pass 'telnet in character mode, from joining to winning, with typing errors corrected'
 
 	window raw "socat -,raw,echo=0 TCP:localhost:$port; echo it has ended"
-	see raw 20 'Enter token balance:'
+	see raw 'Enter token balance:'
 	enter raw 1 0 0
-	see raw 20 'stakes 100 tokens'
+	see raw 'stakes 100 tokens'
 	enter raw 9 9 C-u 7 4 Up
-	see raw 20 'proposed with BPM 74:'
+	see raw 'proposed with BPM 74:'
 	block=$(wins raw)
 	[[ $(bpm_of_block "$block") == 74 ]] || fail "block $block has BPM $(bpm_of_block "$block")"
-	see raw 20 '^winning validator:'
+	see raw '^winning validator:'
 	press raw C-c
-	see raw 20 'it has ended'
+	see raw 'it has ended'
 	pass 'socat, whose terminal handles no key, from joining to Ctrl-C'
 
 	window arrow "nc localhost $port"
-	see arrow 20 'Enter token balance:'
+	see arrow 'Enter token balance:'
 	type_in arrow 100
-	see arrow 20 'stakes 100 tokens'
+	see arrow 'stakes 100 tokens'
 	enter arrow Up 7 5
-	see arrow 20 'proposed with BPM 75:'
+	see arrow 'proposed with BPM 75:'
 	wins arrow >/dev/null
 	pass 'an arrow key in nc costs nothing'
 
 	window end-of-input "telnet localhost $port; echo it has ended"
-	see end-of-input 20 'Enter token balance:'
+	see end-of-input 'Enter token balance:'
 	type_in end-of-input 100
-	see end-of-input 20 'stakes 100 tokens'
+	see end-of-input 'stakes 100 tokens'
 	type_in end-of-input 76
-	see end-of-input 20 'proposed with BPM 76:'
+	see end-of-input 'proposed with BPM 76:'
 	enter end-of-input C-d
 	wins end-of-input >/dev/null
-	see end-of-input 20 'it has ended'
+	see end-of-input 'it has ended'
 	! grep -q forfeits "$work/typed.log" || fail 'a key has cost a stake'
 	pass "Ctrl-D in telnet ends its input; it still hears of the round's winner"
 	interrupt "$server"
@@ -184,7 +184,7 @@ stopped_terminal() {
 	sleep 1 # for the last draw
 	soon 20 shown || fail "not all of $(drawn ctrl-s) blocks and the first are shown"
 	press ctrl-s C-c
-	see ctrl-s 20 '[$] *$'
+	see ctrl-s '[$] *$'
 	grep -q 'shutting down' "$work/ctrl-s.log" || fail 'Ctrl-C did not stop the server'
 	! grep -q 'left out' "$work/ctrl-s.log" || fail 'blocks were left out'
 	# The command, the prompts and ^C are on the screen too; bash ends bracketed paste before the first block.
@@ -201,7 +201,7 @@ less_that_waits() {
 	port=$(listening "$work/less.log")
 	start less-client "$(proposer less 0.002)"
 	soon 120 drawn_at_least less 3500 || fail 'draws stop when less does not read'
-	see less 20 'main.Block'
+	see less 'main.Block'
 	kill -TERM -- "-$group"
 	press less G # to the end
 	soon 20 grep -q 'blocks left out of standard output: [0-9]' "$work/less.log" ||
@@ -209,7 +209,7 @@ less_that_waits() {
 	press less C-c
 	soon 20 grep -q 'shutting down' "$work/less.log" || fail 'Ctrl-C did not stop the server'
 	press less q
-	see less 20 '[$] *$'
+	see less '[$] *$'
 	pass "less holds up no draw: $(drawn less) blocks;$(sed -n 's/.*\( blocks left out.*\)/\1/p' "$work/less.log" | head -n 1)"
 }
 

@@ -24,7 +24,7 @@ const maxRetry = 5 * time.Second
 func beforeClose(conn TCPConn) {
 	if conn, ok := conn.(syscall.Conn); ok {
 		if raw, err := conn.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { setOption(fd, syscall.IPPROTO_TCP, tcpRTOMax, 120_000) })
+			raw.Control(func(fd uintptr) { setOption(fd, syscall.IPPROTO_TCP, tcpRTOMax, 120_000) }) // ms, as without maxRetry
 		}
 	}
 }
