@@ -28,15 +28,13 @@ const (
 	// maxRefusals bounds the clients that are being refused since the server is full.
 	maxRefusals = 100
 
-	balanceLimit  = 10 * time.Minute       // from connecting to a token balance
-	announceStep  = 25 * time.Millisecond  // the step of fanOut for a draw
-	broadcastStep = 500 * time.Millisecond // and for the chain, which takes longer to write
-	writeLimit    = 2 * time.Second        // from the stop to the reset of connections that are still being written to
+	balanceLimit = 10 * time.Minute // from connecting to a token balance
+	writeLimit   = 2 * time.Second  // from the stop to the reset of connections that are still being written to
 )
 
 // A server accepts the validators of one lottery and sends them its results.
 //
-// Lock order: the server's mutex, then a connection's or the lottery's.
+// Lock order: the server's mutex, a client's, then its connection's or the lottery's.
 type server struct {
 	lottery       *lottery
 	maxValidators int
@@ -50,13 +48,16 @@ type server struct {
 	open sync.WaitGroup // counts clients and refusals
 }
 
-// A client is a connection and, once it has staked, its validator. The server's mutex
-// guards what is set after the accept.
+// A client is a connection and, once it has staked, its validator.
 type client struct {
 	*lineconn.Conn
-	index     int             // in the server's clients
+	index int // in the server's clients; guarded by its mutex
+
+	// mu is held from a line until its reply is queued, and while a result is queued. So a
+	// block is acknowledged before the winner of its round. It guards the following.
+	mu        sync.Mutex
 	validator *validator      // nil until the stake
-	removed   <-chan struct{} // nil until it has left; closed after the draw that ends its round
+	removed   <-chan struct{} // nil until it leaves; closed after the draw that ends its round
 }
 
 func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server {
@@ -148,36 +149,27 @@ func parseNumber(line []byte, low, high int) (int, error) {
 	return int(number), nil
 }
 
-// handleConn serves a client until it has staked.
+// handleConn serves a client: it stakes, then it proposes a block with each line.
 func (s *server) handleConn(ctx context.Context, c *client) {
+	defer s.remove(c)
 	io.WriteString(c, balancePrompt)
 	var err error
-	for err == nil && c.validator == nil {
+	for err == nil && ctx.Err() == nil {
 		var line []byte
-		if line, err = c.ReadLine(); err == nil {
-			err = s.stake(c, line)
+		if line, err = c.ReadLine(); err != nil {
+			break
 		}
+		if c.validator != nil {
+			err = s.propose(c, line)
+			continue
+		}
+		// In a goroutine of its own, since it needs a stack of 4 kB, which the runtime would
+		// not take back from this one while it reads.
+		staked := make(chan error)
+		go func() { staked <- s.stake(c, line) }()
+		err = <-staked
 	}
-	if err == nil {
-		// This goroutine's stack has grown to 4 kB by now, and the runtime would not shrink
-		// it during a Read. A new one starts with 2 kB, which is enough for BPMs.
-		go s.handleBPMs(ctx, c)
-		return
-	}
-	defer s.remove(c)
-	var bad lineconn.LineError
-	switch {
-	case ctx.Err() != nil:
-		c.Close(shuttingDown)
-	case errors.As(err, &bad):
-		s.log.Printf("%v refused: its token balance was %q", c.RemoteAddr(), string(bad))
-		c.Close(fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", s.maxStake, bad))
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		s.log.Printf("%v refused: no token balance within %v", c.RemoteAddr(), balanceLimit)
-		c.Close(fmt.Sprintf("\nno token balance within %v\n", balanceLimit))
-	default:
-		c.Close("")
-	}
+	s.leave(ctx, c, err)
 }
 
 const shuttingDown = "\nserver shutting down\n"
@@ -193,35 +185,13 @@ func (s *server) stake(c *client, line []byte) error {
 	if err != nil {
 		return err
 	}
-	c.SetReadDeadline(time.Time{}) // if this undoes Stop's, handleBPMs finds ctx done
-	v := s.join(c, int64(stake))
+	c.SetReadDeadline(time.Time{}) // if this undoes Stop's, handleConn finds ctx done
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.validator = s.lottery.join(int64(stake), c.RemoteAddr().String())
 	fmt.Fprintf(c, "validator %s stakes %d tokens\n"+
-		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n%s", v.address, stake, bpmPrompt)
+		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n%s", c.validator.address, stake, bpmPrompt)
 	return nil
-}
-
-// join makes the client a validator and logs it, one at a time, so that the log has the
-// numbers of validators and tokens in the order of its lines.
-func (s *server) join(c *client, stake int64) *validator {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	v, validators, tokens := s.lottery.join(stake)
-	c.validator = v
-	s.log.Printf("validator %s joins from %v with %d tokens; validators: %d, tokens: %d", v.address, c.RemoteAddr(), stake, validators, tokens)
-	return v
-}
-
-// handleBPMs serves a validator from its stake until it is removed.
-func (s *server) handleBPMs(ctx context.Context, c *client) {
-	var err error
-	for err == nil && ctx.Err() == nil {
-		var line []byte
-		if line, err = c.ReadLine(); err == nil {
-			err = s.propose(c, line)
-		}
-	}
-	s.leave(ctx, c, err)
-	s.remove(c)
 }
 
 // propose proposes a block with the BPM in the line. The reply repeats the BPM: if a
@@ -236,8 +206,11 @@ func (s *server) propose(c *client, line []byte) error {
 	if err != nil {
 		return err
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	p := s.lottery.propose(c.validator, bpm)
-	r := append(c.AvailableBuffer(), "block "...) // without fmt, which needs a larger stack
+	var buffer [192]byte // with fmt the stack would grow
+	r := append(buffer[:0], "block "...)
 	r = strconv.AppendInt(r, int64(p.index), 10)
 	if !p.added {
 		r = append(r, " already"...)
@@ -254,45 +227,46 @@ func (s *server) propose(c *client, line []byte) error {
 	return nil
 }
 
-// leave ends the session of a validator that sends no more BPMs. err is a LineError, which
-// disqualifies it, or why it has disconnected. Then its stake and its block stay for the
-// draw that ends the round, whose winner is announced to it if it has only ended its input.
+// leave ends the session of a client that sends no more lines. err is a LineError, or why it
+// has hung up. Then a validator's stake and block stay for the draw that ends the round, whose
+// winner is announced to it if it has only ended its input.
 func (s *server) leave(ctx context.Context, c *client, err error) {
+	v, lastLine := c.validator, ""
 	var bad lineconn.LineError
+	isBad := errors.As(err, &bad)
 	switch {
-	case errors.As(err, &bad):
-		s.lottery.disqualify(c.validator)
-		s.log.Printf("validator %s dropped: its BPM was %q; it forfeits its %d tokens", c.validator.address, string(bad), c.validator.stake)
-		c.Close(fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, c.validator.stake))
-		return
+	case isBad && v == nil:
+		s.log.Printf("%v refused: its token balance was %q", c.RemoteAddr(), string(bad))
+		lastLine = fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", s.maxStake, bad)
+	case isBad:
+		s.lottery.disqualify(v)
+		s.log.Printf("validator %s dropped: its BPM was %q; it forfeits its %d tokens", v.address, string(bad), v.stake)
+		lastLine = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, v.stake)
 	case ctx.Err() != nil:
-		c.Close(shuttingDown)
-		return
-	}
-	s.mu.Lock()
-	c.removed = s.lottery.disconnect(c.validator)
-	s.mu.Unlock()
-	how := "disconnects"
-	if isSlow(err) {
-		how = fmt.Sprintf("dropped: %v", err)
-	}
-	s.log.Printf("validator %s %s; its stake counts until the next draw", c.validator.address, how)
-	if err != io.EOF {
-		c.Close("")
-	}
-	select {
-	case <-c.removed:
-	case <-ctx.Done():
-	}
-	if err != io.EOF {
-		return
-	}
-	if err := c.Err(); isSlow(err) {
-		s.log.Printf("validator %s dropped: %v", c.validator.address, err)
-	}
-	lastLine := ""
-	if ctx.Err() != nil {
 		lastLine = shuttingDown
+	case v == nil && errors.Is(err, os.ErrDeadlineExceeded):
+		s.log.Printf("%v refused: no token balance within %v", c.RemoteAddr(), balanceLimit)
+		lastLine = fmt.Sprintf("\nno token balance within %v\n", balanceLimit)
+	case v != nil:
+		c.mu.Lock()
+		c.removed = s.lottery.leave(v)
+		c.mu.Unlock()
+		how := "disconnects"
+		if isSlow(err) {
+			how = fmt.Sprintf("dropped: %v", err)
+		}
+		s.log.Printf("validator %s %s; its stake counts until the next draw", v.address, how)
+		if err != io.EOF {
+			c.Close("")
+		}
+		select {
+		case <-c.removed:
+		case <-ctx.Done():
+			lastLine = shuttingDown
+		}
+		if reset := c.Err(); err == io.EOF && isSlow(reset) {
+			s.log.Printf("validator %s dropped: %v", v.address, reset)
+		}
 	}
 	c.Close(lastLine)
 }
@@ -308,7 +282,7 @@ func (s *server) announce(winner *validator, tokens int64) {
 	}
 	toOthers, toWinner := message("", bpmPrompt), message(" (you)", bpmPrompt)
 	lastToOthers, lastToWinner := message("", ""), message(" (you)", "") // who sends no more needs no prompt
-	fanOut(announceStep, s.enqueue(func(c *client) *lineconn.Message {
+	flush(s.enqueue(func(c *client) *lineconn.Message {
 		switch {
 		case c.removed != nil && c.validator == winner:
 			return lastToWinner
@@ -323,71 +297,50 @@ func (s *server) announce(winner *validator, tokens int64) {
 
 // broadcast sends the chain to all validators. It does not wait until it is written.
 func (s *server) broadcast(chain [][]byte) {
-	m := lineconn.NewDroppableMessage(slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)})...)
-	go fanOut(broadcastStep, s.enqueue(func(*client) *lineconn.Message { return m }))
+	m := lineconn.NewMessage(slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)})...)
+	m.Droppable = true
+	go flush(s.enqueue(func(*client) *lineconn.Message { return m }))
 }
 
-// enqueue enqueues a message for every validator that has not been removed, without
-// waiting, and returns their clients.
-func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) <-chan *client {
+// enqueue enqueues a message for every validator that has not been removed, and returns
+// their clients.
+func (s *server) enqueue(messageFor func(c *client) *lineconn.Message) (validators []*client) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	validators := make(chan *client, len(s.clients))
-	defer close(validators)
+	validators = make([]*client, 0, len(s.clients))
 	for _, c := range s.clients {
-		select {
-		case <-c.removed: // never if it is nil
-			continue
-		default:
-		}
-		if c.validator != nil {
-			c.Enqueue(messageFor(c))
-			validators <- c
+		if c.enqueue(messageFor) {
+			validators = append(validators, c)
 		}
 	}
 	return validators
 }
 
-// fanOut has what is queued for the clients written. It returns when each of them has been
-// written to or is being written to, so that draws do not get ahead of their announcements.
-//
-// A few workers write, since the stacks of ten thousand goroutines would stay with the
-// process. A client that takes nothing blocks its worker, so after each step fanOut
-// starts more of them, twice as many as the last time, unless the others will soon be done.
-func fanOut(step time.Duration, clients <-chan *client) {
-	none := make(chan struct{}, 1) // receives when no client is left
-	work := func() {
-		for c := range clients {
-			c.Flush()
-		}
-		select {
-		case none <- struct{}{}:
-		default:
-		}
+// enqueue enqueues a message for the client, if that is a validator that has not been removed.
+func (c *client) enqueue(messageFor func(c *client) *lineconn.Message) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case <-c.removed: // never if it is nil
+		return false
+	default:
 	}
-	before := len(clients)
-	workers := runtime.GOMAXPROCS(0)
-	for range workers {
-		go work()
+	if c.validator == nil {
+		return false
 	}
-	steps := time.NewTicker(step)
-	defer steps.Stop()
-	for {
-		select {
-		case <-none:
-			return
-		case <-steps.C:
-		}
-		left := len(clients)
-		if left == 0 {
-			return
-		}
-		if done := before - left; 8*done < left { // at this speed the rest takes more than 8 steps
-			workers *= 2
-			for range workers {
-				go work()
+	c.Enqueue(messageFor(c))
+	return true
+}
+
+// flush writes what is queued for the clients, as far as the system takes it at once.
+func flush(clients []*client) {
+	var flushing sync.WaitGroup
+	for part := range slices.Chunk(clients, len(clients)/runtime.GOMAXPROCS(0)+1) {
+		flushing.Go(func() {
+			for _, c := range part {
+				c.Flush()
 			}
-		}
-		before = left
+		})
 	}
+	flushing.Wait()
 }

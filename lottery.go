@@ -19,13 +19,13 @@ import (
 const maxStake = 1_000_000_000_000
 
 // A validator takes part in the lottery from its join until it is disqualified or, after
-// its disconnect, until the draw that ends the round. address and stake never change;
+// it leaves, until the draw that ends the round. address and stake never change;
 // the lottery's mutex guards the rest.
 type validator struct {
 	address string        // 64 hexadecimal digits
 	stake   int64         // tokens, 1 to maxStake
 	index   int           // of its candidate in tempBlocks; may be of an earlier round, see round.has
-	removed chan struct{} // made by disconnect; closed when the validator is removed
+	removed chan struct{} // made by leave; closed when the validator is removed
 }
 
 // A lotteryPool holds the stakes of a round's candidates. It stands for the
@@ -57,10 +57,10 @@ type candidate struct {
 
 // A round is what one draw decides on.
 type round struct {
-	index        int          // of the block that the winner gets
-	tempBlocks   []candidate  // at most one a validator, in no order
-	pool         lotteryPool  // their stakes, in the order of tempBlocks
-	disconnected []*validator // to be removed after the draw
+	index      int          // of the block that the winner gets
+	tempBlocks []candidate  // at most one a validator, in no order
+	pool       lotteryPool  // their stakes, in the order of tempBlocks
+	leaving    []*validator // to be removed after the draw
 }
 
 // has reports whether the validator has a candidate in the round.
@@ -131,14 +131,16 @@ func newAddress() string {
 	return hex.EncodeToString(random)
 }
 
-// join returns a new validator, with the number of validators and of their tokens.
-func (l *lottery) join(stake int64) (v *validator, validators int, tokens int64) {
-	v = &validator{address: newAddress(), stake: stake}
+// join returns a new validator, and logs from where it joins. It logs under the mutex, so that
+// the numbers of validators and tokens are in the order of the lines.
+func (l *lottery) join(stake int64, from string) *validator {
+	v := &validator{address: newAddress(), stake: stake}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.validators[v.address] = v
 	l.tokens += stake
-	return v, len(l.validators), l.tokens
+	l.log.Printf("validator %s joins from %s with %d tokens; validators: %d, tokens: %d", v.address, from, stake, len(l.validators), l.tokens)
+	return v
 }
 
 // A proposal is what propose returns: the validator's candidate and how the open round
@@ -182,13 +184,13 @@ func (l *lottery) removeLocked(v *validator) {
 	l.tokens -= v.stake
 }
 
-// disconnect marks the validator for removal after the open round's draw, in which its
-// stake and its candidate still count. The channel is closed when it has been removed.
-func (l *lottery) disconnect(v *validator) <-chan struct{} {
+// leave marks the validator for removal after the open round's draw, in which its stake
+// and its candidate still count. The channel is closed when it has been removed.
+func (l *lottery) leave(v *validator) <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v.removed = make(chan struct{})
-	l.round.disconnected = append(l.round.disconnected, v)
+	l.round.leaving = append(l.round.leaving, v)
 	return v.removed
 }
 
@@ -228,10 +230,10 @@ func (l *lottery) run(ctx context.Context, to announcer) error {
 }
 
 // pickWinner ends the round at its tick: it draws the winner, adds its block to
-// the chain, announces and prints it, and removes the disconnected validators. While
+// the chain, announces and prints it, and removes the validators that leave. While
 // the block is written the next round is open already, since that may take long
 // and nobody should wait for it. If writing it fails, both rounds become one, and the
-// disconnected validators that have a candidate in it stay for its draw. The error
+// validators that leave but have a candidate in it stay for its draw. The error
 // wraps errChainLost, after which no draw can succeed.
 func (l *lottery) pickWinner(tick time.Time, to announcer) error {
 	l.mu.Lock()
@@ -263,9 +265,9 @@ func (l *lottery) pickWinner(tick time.Time, to announcer) error {
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, v := range drawn.disconnected {
+	for _, v := range drawn.leaving {
 		if l.round.has(v) {
-			l.round.disconnected = append(l.round.disconnected, v)
+			l.round.leaving = append(l.round.leaving, v)
 			continue
 		}
 		l.removeLocked(v)
@@ -286,7 +288,7 @@ func (l *lottery) restore(drawn round) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	since := l.round
-	l.round = round{index: drawn.index, disconnected: since.disconnected}
+	l.round = round{index: drawn.index, leaving: since.leaving}
 	for _, c := range append(drawn.tempBlocks, since.tempBlocks...) {
 		if _, in := l.validators[c.validator.address]; in && !l.round.has(c.validator) {
 			l.round.add(c)

@@ -130,8 +130,7 @@ func testLottery(t testing.TB) *lottery {
 // joinMany returns validators with these stakes.
 func joinMany(l *lottery, stakes ...int64) (vs []*validator) {
 	for _, stake := range stakes {
-		v, _, _ := l.join(stake)
-		vs = append(vs, v)
+		vs = append(vs, l.join(stake, ""))
 	}
 	return vs
 }
@@ -186,7 +185,7 @@ func TestRounds(t *testing.T) {
 	// Gone between its block and the draw.
 	v := joinMany(l, 5)[0]
 	l.propose(v, 72)
-	gone := l.disconnect(v)
+	gone := l.leave(v)
 	draw()
 	want(v.address)
 	<-gone
@@ -291,18 +290,19 @@ func TestDrawFails(t *testing.T) {
 	l.chain.file = file
 
 	vs := joinMany(l, 1, 20, 300, 4000, 50000, 600000)
+	logged.Reset()
 	first, second, late, leaver, cheat, visitor := vs[0], vs[1], vs[2], vs[3], vs[4], vs[5]
 	for _, v := range []*validator{first, second, cheat} {
 		l.propose(v, 72)
 	}
-	gone, visitorGone := l.disconnect(second), l.disconnect(visitor)
+	gone, visitorGone := l.leave(second), l.leave(visitor)
 	file.sync = func() error {
 		for _, v := range []*validator{late, first} {
 			if p := l.propose(v, 73); p.index != 2 || !p.added {
 				t.Errorf("propose: %d, %v, want block 2", p.index, p.added)
 			}
 		}
-		l.disconnect(leaver)
+		l.leave(leaver)
 		l.disqualify(cheat)
 		return errors.New("input/output error")
 	}
@@ -418,7 +418,7 @@ func TestProposeWhileDrawing(t *testing.T) {
 					l.disqualify(v)
 					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
 				case 1:
-					l.disconnect(v)
+					l.leave(v)
 					v, last = joinMany(l, 1+random.Int64N(maxStake))[0], 0
 				}
 			}
@@ -439,7 +439,7 @@ func TestProposeWhileDrawing(t *testing.T) {
 	if len(chain) != 1+len(results.winners) {
 		t.Errorf("%d blocks for %d winners", len(chain), len(results.winners))
 	}
-	if len(l.validators) > proposers+len(l.round.disconnected) {
+	if len(l.validators) > proposers+len(l.round.leaving) {
 		t.Errorf("%d validators are left", len(l.validators))
 	}
 }

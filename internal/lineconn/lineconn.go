@@ -5,6 +5,7 @@ package lineconn
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -27,8 +28,8 @@ const (
 	// maxReplies bounds the replies that wait. While so many do, no line is read.
 	maxReplies = 64
 
-	// If a goroutine takes longer than maxWrite to write the queue, the client is behind.
-	maxWrite = 10 * time.Millisecond
+	// After Ctrl-C the client has so long to take what is being written.
+	interruptLimit = 100 * time.Millisecond
 
 	// After the last line, what the client still sends is read and thrown away until it
 	// has sent nothing for maxSilence, or for maxDrain in all.
@@ -58,39 +59,27 @@ type TCPConn interface {
 }
 
 // A Conn is a connection to a client that sends lines. One goroutine, the reader, calls
-// ReadLine, Write, AvailableBuffer and Close; the other methods are for all goroutines.
+// ReadLine, Write and Close; the other methods are for all goroutines.
 //
-// Replies and messages are written through one queue, in order. Enqueue only adds to it.
-// Whoever calls Flush writes it, unless somebody does already, and so does the reader when
-// it has handled the lines that it has read; ergo's irc/socket.go is the model. But the
-// reader writes only replies, and if that may take long a goroutine does it, so that lines
-// are read however slowly the client takes what is written. When everything is written, no
-// goroutine but the reader is left.
+// Replies and messages are written through one queue, in order. Write and Enqueue only add to
+// it. Whoever flushes it, which is the reader before it waits for the client, or anybody who
+// calls Flush, writes what the system takes at once, and so never waits; a goroutine is
+// started for the rest. When everything is written, no goroutine but the reader is left.
+// ergo's irc/socket.go is the model.
 type Conn struct {
 	conn TCPConn
 
-	// The following belong to the reader.
-	replies  *Message // to the lines since the last Read, not queued yet; nil if there are none
+	mu       sync.Mutex // guards the following; released only to read, and to write what has to wait
 	filter   telnet.Filter
 	ended    bool  // the client has ended its input
+	closing  bool  // nothing can be enqueued any more
 	next     uint8 // input[next:received] is still to be filtered
 	received uint8
 	input    [MaxLine + len("\r\n")]byte
-
-	mu        sync.Mutex // guards the following; never held during a write
-	queue     []*Message
-	held      []*Message    // messages that wait until the reader has replied to a line
-	messages  uint8         // in queue and held, replies not counted
-	waiting   uint8         // replies in queue
-	handling  bool          // the reader handles what it has read, so messages are held
-	writing   bool          // somebody writes the queue
-	crlf      bool          // the client needs \r\n
-	droppable bool          // a droppable message is queued or being written
-	behind    bool          // a write may take long, since the client may not have taken what was written before
-	stopping  bool          // the reader must not wait for the client any more
-	closing   bool          // nothing can be enqueued any more
-	err       error         // why the connection was reset
-	changed   chan struct{} // made by the reader to wait for a change, which closes it
+	queue    []*Message
+	writing  *Message      // whose rest a goroutine writes; nil if there is none
+	written  chan struct{} // made by the reader to wait for the goroutine, which closes it
+	err      error         // why the connection was reset
 }
 
 // New returns a Conn for the connection.
@@ -104,10 +93,13 @@ func (c *Conn) SetReadDeadline(t time.Time) { c.conn.SetReadDeadline(t) }
 
 // A Message is text for any number of connections, which share its bytes.
 type Message struct {
-	text      [][]byte // in pieces
-	crlf      [][]byte // the same with \r\n; nil for replies, which have the line ends of their client
-	droppable bool
-	replies   uint8 // how many replies of one connection it is; 0 if it is for all
+	text    [][]byte // in pieces
+	crlf    [][]byte // the same with \r\n; nil for replies, which have the line ends of their client
+	replies uint8    // how many replies of one connection it is; 0 if it is for all
+
+	// Droppable messages are left out for a client whose queue is full, or to which another
+	// one is queued or being written.
+	Droppable bool
 }
 
 // NewMessage returns a message whose text is the pieces, which must not change any more.
@@ -117,14 +109,6 @@ func NewMessage(pieces ...[]byte) *Message {
 	for i, piece := range pieces {
 		m.crlf[i] = crlf(piece)
 	}
-	return m
-}
-
-// NewDroppableMessage is NewMessage for a message that is left out for a client whose
-// queue is full, or to which another such message is queued or being written.
-func NewDroppableMessage(pieces ...[]byte) *Message {
-	m := NewMessage(pieces...)
-	m.droppable = true
 	return m
 }
 
@@ -143,7 +127,12 @@ func crlf(text []byte) []byte {
 // client it tells only one of who reads and who writes, so the error may be io.EOF although
 // Err will be ErrTimeout.)
 func (c *Conn) ReadLine() ([]byte, error) {
-	c.flushReplies(false)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, replies := c.waitingLocked(); replies >= maxReplies; _, replies = c.waitingLocked() {
+		c.flushLocked()
+		c.waitLocked()
+	}
 	line := c.input[c.next:c.next]
 	for !c.ended {
 		text, rest, end := c.filter.Next(line, c.input[c.next:c.received], MaxLine)
@@ -155,7 +144,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			text = bytes.TrimSpace(text)
 			return nil, LineError(text[:min(len(text), MaxLine)])
 		case telnet.Interrupt:
-			c.interrupt()
+			c.conn.SetWriteDeadline(time.Now().Add(interruptLimit))
 			return nil, ErrInterrupted
 		case telnet.EndOfInput:
 			c.ended = true
@@ -163,215 +152,147 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			continue
 		}
 		line = c.input[:copy(c.input[:], text)]
-		c.flushReplies(true)
+		c.flushLocked()
+		c.mu.Unlock()
 		n, err := c.conn.Read(c.input[len(line):])
+		c.mu.Lock()
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
-		if err = c.afterRead(err); err != nil && err != io.EOF {
+		c.ended = err == io.EOF
+		if err = reason(err); err == ErrTimeout {
+			c.failLocked(err)
+		}
+		if err = cmp.Or(c.err, err); err != nil && err != io.EOF {
 			return nil, err
 		}
-		c.ended = err == io.EOF
 	}
 	if len(line) > 0 {
 		return bytes.TrimSpace(line), nil
 	}
-	c.flushReplies(true)
+	c.flushLocked()
 	return nil, io.EOF
-}
-
-// afterRead has messages held from now on. It returns why nothing can be read
-// any more, if err is what Read has returned.
-func (c *Conn) afterRead(err error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.handling = true
-	err = reason(err)
-	if err == ErrTimeout {
-		c.err = err // the writer may have been told only that the pipe is broken
-		c.failLocked(err)
-	}
-	if c.err != nil {
-		return c.err
-	}
-	return err
-}
-
-// interrupt resets the connection if something is being written, for which Close would
-// wait.
-func (c *Conn) interrupt() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.writing {
-		c.failLocked(ErrInterrupted)
-	}
-}
-
-// flushReplies is called when the reader has handled a line: what was held meanwhile is
-// queued behind the reply. If the reader will wait for the client now, or if too many
-// replies wait, they are written.
-func (c *Conn) flushReplies(waits bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.crlf = c.filter.CRLF()
-	if !waits && c.held == nil && (c.replies == nil || c.waiting+c.replies.replies < maxReplies) {
-		return
-	}
-	c.queueRepliesLocked()
-	if len(c.queue) > 0 && !c.writing {
-		if !c.behind {
-			c.writeLocked(true)
-		}
-		if len(c.queue) > 0 {
-			c.writing = true
-			go c.writeQueue()
-		}
-	}
-	for c.waiting >= maxReplies && !c.stopping && c.err == nil {
-		c.waitLocked()
-	}
-	c.handling = !waits
-}
-
-// queueRepliesLocked queues the replies, and behind them the messages that are held until
-// then. c.mu must be held.
-func (c *Conn) queueRepliesLocked() {
-	if c.replies != nil && c.err == nil {
-		c.queue = append(c.queue, c.replies)
-		c.waiting += c.replies.replies
-	}
-	c.queue = append(c.queue, c.held...)
-	c.replies, c.held, c.handling = nil, nil, false
-}
-
-// waitLocked waits for a change of what c.mu guards. c.mu must be held; it is released
-// meanwhile.
-func (c *Conn) waitLocked() {
-	changed := make(chan struct{})
-	c.changed = changed
-	c.mu.Unlock()
-	<-changed
-	c.mu.Lock()
-}
-
-// wakeLocked ends the reader's wait, if it waits. c.mu must be held.
-func (c *Conn) wakeLocked() {
-	if c.changed != nil {
-		close(c.changed)
-		c.changed = nil
-	}
 }
 
 // replyPool has messages for replies, since few connections have any at the same time.
 var replyPool = sync.Pool{New: func() any { return &Message{text: make([][]byte, 1)} }}
 
-// reply returns the message that the next reply is added to.
-func (c *Conn) reply() *Message {
-	if c.replies == nil {
-		c.replies = replyPool.Get().(*Message)
-	}
-	return c.replies
-}
-
-// AvailableBuffer returns an empty buffer that is meant to be appended to and passed to
-// the next Write.
-func (c *Conn) AvailableBuffer() []byte {
-	text := c.reply().text[0]
-	return text[len(text):]
-}
-
-// Write replies to the line that ReadLine has returned. Its line ends are \n. It never
-// waits and never fails.
+// Write queues a reply to the line that ReadLine has returned. Its line ends are \n. It is
+// written by the next ReadLine that waits for the client, or earlier. Write never waits and
+// never fails.
 func (c *Conn) Write(p []byte) (int, error) {
-	text := p
-	if c.filter.CRLF() {
-		text = crlf(p)
-	}
-	m := c.reply()
-	m.text[0] = append(m.text[0], text...)
-	m.replies++
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.replyLocked(p)
 	return len(p), nil
 }
 
-// Enqueue queues a message and never waits. It is written by whoever calls Flush, or
-// writes already, but not before the reply to a line that the reader handles. If the
-// queue is full the connection is reset.
+// replyLocked adds the reply to the last message of the queue, if that consists of replies,
+// or else queues one. c.mu must be held.
+func (c *Conn) replyLocked(text []byte) {
+	if c.err != nil {
+		return
+	}
+	if c.filter.CRLF() {
+		text = crlf(text)
+	}
+	last := len(c.queue) - 1
+	if last < 0 || c.queue[last].replies == 0 {
+		c.queue = append(c.queue, replyPool.Get().(*Message))
+		last++
+	}
+	m := c.queue[last]
+	m.text[0] = append(m.text[0], text...)
+	m.replies++
+}
+
+// Enqueue queues a message. It is written by the next Flush, or earlier. Enqueue never
+// waits. If the queue is full the connection is reset.
 func (c *Conn) Enqueue(m *Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	full := c.messages == MaxQueue
-	switch {
-	case c.closing || c.err != nil || m.droppable && (c.droppable || full):
-		return
+	messages, _ := c.waitingLocked()
+	switch full := messages == MaxQueue; {
+	case c.closing || c.err != nil || m.Droppable && (full || c.hasDroppableLocked()):
 	case full:
 		c.failLocked(ErrQueueFull)
-		return
-	}
-	c.messages++
-	c.droppable = c.droppable || m.droppable
-	if c.handling {
-		c.held = append(c.held, m)
-	} else {
+	default:
 		c.queue = append(c.queue, m)
 	}
 }
 
-// Flush writes what is queued, also what is queued meanwhile, unless somebody else writes.
+// hasDroppableLocked reports whether a droppable message is queued or being written. c.mu
+// must be held.
+func (c *Conn) hasDroppableLocked() bool {
+	return c.writing != nil && c.writing.Droppable ||
+		slices.ContainsFunc(c.queue, func(m *Message) bool { return m.Droppable })
+}
+
+// waitingLocked returns how many messages and replies wait in the queue. c.mu must be held.
+func (c *Conn) waitingLocked() (messages, replies int) {
+	for _, m := range c.queue {
+		if m.replies == 0 {
+			messages++
+		}
+		replies += int(m.replies)
+	}
+	return messages, replies
+}
+
+// Flush writes what is queued, as far as the system takes it at once. The rest is written by
+// a goroutine.
 func (c *Conn) Flush() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.writing {
-		c.writeLocked(false)
-	}
+	c.flushLocked()
 }
 
-// writeQueue writes what is queued for the reader, which has set c.writing until then.
-func (c *Conn) writeQueue() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.behind = false
-	start := time.Now()
-	c.writeLocked(false)
-	c.behind = c.behind || time.Since(start) > maxWrite
-}
-
-// writeLocked writes the queue, or the replies alone up to the next message. Nobody else
-// may be writing, and c.mu must be held; it is released during writes.
-func (c *Conn) writeLocked(replies bool) {
-	c.writing = true
-	for len(c.queue) > 0 && (!replies || c.queue[0].replies > 0) {
+// flushLocked is Flush. c.mu must be held.
+func (c *Conn) flushLocked() {
+	for c.writing == nil && len(c.queue) > 0 {
 		m := c.queue[0]
 		c.queue = slices.Delete(c.queue, 0, 1)
-		if m.replies > 0 {
-			c.waiting -= m.replies
-			c.wakeLocked()
-		} else {
-			c.messages--
-		}
 		text := m.text
-		if c.crlf && m.crlf != nil {
+		if m.crlf != nil && c.filter.CRLF() {
 			text = m.crlf
 		}
-		c.mu.Unlock()
-		var err error
-		for i := 0; i < len(text) && err == nil; i++ {
-			_, err = c.conn.Write(text[i])
-		}
-		if m.replies > 0 {
+		if rest := tryWrite(c.conn, text); rest != nil {
+			c.writing = m
+			go c.writeRest(rest)
+		} else if m.replies > 0 {
 			m.replies = 0
 			m.text[0] = m.text[0][:0]
 			replyPool.Put(m)
 		}
-		c.mu.Lock()
-		if m.droppable {
-			c.droppable = false
-			c.behind = true
-		}
-		if err != nil {
-			c.failLocked(reason(err))
-		}
 	}
-	c.writing = false
-	c.wakeLocked()
+}
+
+// writeRest writes the rest of c.writing, and flushes what has been queued meanwhile.
+func (c *Conn) writeRest(rest net.Buffers) {
+	_, err := rest.WriteTo(c.conn)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		c.failLocked(reason(err))
+	}
+	c.writing = nil
+	c.flushLocked()
+	if c.written != nil {
+		close(c.written)
+		c.written = nil
+	}
+}
+
+// waitLocked waits until the goroutine that writes, if there is one, has written the rest of
+// a message. c.mu must be held; it is released meanwhile.
+func (c *Conn) waitLocked() {
+	if c.writing == nil {
+		return
+	}
+	written := make(chan struct{})
+	c.written = written
+	c.mu.Unlock()
+	defer c.mu.Lock()
+	<-written
 }
 
 // reason returns ErrTimeout for an error that says that the system has given up the client:
@@ -391,14 +312,16 @@ func reason(err error) error {
 // windowsETIMEDOUT is WSAETIMEDOUT; package syscall's ETIMEDOUT is another number there.
 const windowsETIMEDOUT = syscall.Errno(10060)
 
-// failLocked resets the connection because of the error. Writing what is queued fails from
-// now on. c.mu must be held.
+// failLocked resets the connection because of the error, and throws away what is queued. If
+// the system has given up the client, that is the reason; it tells it only to who reads or to
+// who writes. c.mu must be held.
 func (c *Conn) failLocked(err error) {
-	if c.err == nil {
+	if c.err == nil || err == ErrTimeout {
 		c.err = err
 	}
+	c.queue = nil
 	c.conn.SetLinger(0)
-	c.conn.Close() // and so the writer ends, if there is one, for which the reader may wait
+	c.conn.Close() // and so whoever reads or writes stops
 }
 
 // Err returns why the connection was reset, or nil.
@@ -408,17 +331,15 @@ func (c *Conn) Err() error {
 	return c.err
 }
 
-// Stop has ReadLine fail with os.ErrDeadlineExceeded, also while it waits for the client,
-// and resets the connection if something is still to be written after the limit.
+// Stop has ReadLine fail with os.ErrDeadlineExceeded, and resets the connection if something
+// is still to be written after the limit.
 func (c *Conn) Stop(limit time.Duration) {
-	c.conn.SetWriteDeadline(time.Now().Add(limit))
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.conn.SetWriteDeadline(time.Now().Add(limit))
 	if !c.closing {
 		c.conn.SetReadDeadline(time.Now())
 	}
-	c.stopping = true
-	c.wakeLocked()
 }
 
 // Close writes what is queued and the last line, and closes the connection without a
@@ -427,17 +348,14 @@ func (c *Conn) Stop(limit time.Duration) {
 // way of net/http's closeWriteAndWait. It does not wait if the client has closed first.
 func (c *Conn) Close(lastLine string) {
 	c.mu.Lock()
-	c.crlf = c.filter.CRLF()
-	c.queueRepliesLocked() // with what is held, which comes before the last line
 	if lastLine != "" {
-		io.WriteString(c, lastLine)
-		c.queueRepliesLocked()
+		c.replyLocked([]byte(lastLine))
 	}
 	c.closing = true
-	for c.writing {
+	c.flushLocked()
+	for c.writing != nil {
 		c.waitLocked()
 	}
-	c.writeLocked(false)
 	failed := c.err != nil
 	c.mu.Unlock()
 	if failed {

@@ -4,9 +4,44 @@ package lineconn
 
 import (
 	"bytes"
+	"fmt"
 	"io"
+	"sync"
 	"testing"
+	"time"
 )
+
+// Messages to a client that reads nothing are queued at once, and all of them are received
+// in order when it does, in whatever pieces they are.
+func TestFlushDoesNotWait(t *testing.T) {
+	peer, its := accept(t, Timeout)
+	c := New(its)
+	var want bytes.Buffer
+	for i := range 1 + MaxQueue {
+		text := bytes.Repeat(fmt.Appendf(nil, "%d.", i), 50_000/len(fmt.Sprint(i)+"."))
+		c.Enqueue(NewMessage(text[:i], nil, text[i:len(text)/2], text[len(text)/2:]))
+		c.Flush()
+		want.Write(text)
+	}
+	if err := c.Err(); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	if c.writing == nil || len(c.queue) == 0 {
+		t.Error("the system has taken everything; the test needs longer messages")
+	}
+	c.mu.Unlock()
+	var closing sync.WaitGroup
+	closing.Go(func() { c.Close("end") })
+	want.WriteString("end")
+	peer.SetReadDeadline(time.Now().Add(time.Minute))
+	received, err := io.ReadAll(peer)
+	if err != nil || !bytes.Equal(received, want.Bytes()) {
+		t.Errorf("received %d bytes, %v, want %d", len(received), err, want.Len())
+	}
+	peer.Close()
+	closing.Wait()
+}
 
 // What tryWrite does not write it returns, and changes neither.
 func TestTryWriteReturnsTheRest(t *testing.T) {
