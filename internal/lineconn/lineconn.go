@@ -22,11 +22,9 @@ const (
 	// MaxLine is the longest line in bytes, its end not counted.
 	MaxLine = 64
 
-	// MaxQueue bounds the messages that wait for a slow client, replies not counted.
+	// MaxQueue bounds the messages that wait for a slow client, and also the replies. While
+	// so many replies wait, no line is read.
 	MaxQueue = 64
-
-	// maxReplies bounds the replies that wait. While so many do, no line is read.
-	maxReplies = 64
 
 	// After Ctrl-C the client has so long to take what is being written.
 	interruptLimit = 100 * time.Millisecond
@@ -77,8 +75,8 @@ type Conn struct {
 	received uint8
 	input    [MaxLine + len("\r\n")]byte
 	queue    []*Message
-	writing  *Message      // whose rest a goroutine writes; nil if there is none
-	written  chan struct{} // made by the reader to wait for the goroutine, which closes it
+	writing  *Message      // whose rest a goroutine writes; nil if none does
+	written  chan struct{} // closed when the goroutine has written it; nil with writing
 	err      error         // why the connection was reset
 }
 
@@ -129,7 +127,7 @@ func crlf(text []byte) []byte {
 func (c *Conn) ReadLine() ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, replies := c.waitingLocked(); replies >= maxReplies; _, replies = c.waitingLocked() {
+	for _, replies := c.waitingLocked(); replies >= MaxQueue; _, replies = c.waitingLocked() {
 		c.flushLocked()
 		c.waitLocked()
 	}
@@ -211,20 +209,15 @@ func (c *Conn) Enqueue(m *Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	messages, _ := c.waitingLocked()
-	switch full := messages == MaxQueue; {
-	case c.closing || c.err != nil || m.Droppable && (full || c.hasDroppableLocked()):
-	case full:
+	isDroppable := func(m *Message) bool { return m != nil && m.Droppable }
+	switch {
+	case c.closing || c.err != nil:
+	case m.Droppable && (messages == MaxQueue || isDroppable(c.writing) || slices.ContainsFunc(c.queue, isDroppable)):
+	case messages == MaxQueue:
 		c.failLocked(ErrQueueFull)
 	default:
 		c.queue = append(c.queue, m)
 	}
-}
-
-// hasDroppableLocked reports whether a droppable message is queued or being written. c.mu
-// must be held.
-func (c *Conn) hasDroppableLocked() bool {
-	return c.writing != nil && c.writing.Droppable ||
-		slices.ContainsFunc(c.queue, func(m *Message) bool { return m.Droppable })
 }
 
 // waitingLocked returns how many messages and replies wait in the queue. c.mu must be held.
@@ -256,7 +249,7 @@ func (c *Conn) flushLocked() {
 			text = m.crlf
 		}
 		if rest := tryWrite(c.conn, text); rest != nil {
-			c.writing = m
+			c.writing, c.written = m, make(chan struct{})
 			go c.writeRest(rest)
 		} else if m.replies > 0 {
 			m.replies = 0
@@ -274,43 +267,32 @@ func (c *Conn) writeRest(rest net.Buffers) {
 	if err != nil {
 		c.failLocked(reason(err))
 	}
-	c.writing = nil
+	close(c.written)
+	c.writing, c.written = nil, nil
 	c.flushLocked()
-	if c.written != nil {
-		close(c.written)
-		c.written = nil
-	}
 }
 
-// waitLocked waits until the goroutine that writes, if there is one, has written the rest of
-// a message. c.mu must be held; it is released meanwhile.
+// waitLocked waits until what a goroutine writes, if there is one, is written. c.mu must be
+// held; it is released meanwhile.
 func (c *Conn) waitLocked() {
-	if c.writing == nil {
-		return
+	if written := c.written; written != nil {
+		c.mu.Unlock()
+		<-written
+		c.mu.Lock()
 	}
-	written := make(chan struct{})
-	c.written = written
-	c.mu.Unlock()
-	defer c.mu.Lock()
-	<-written
 }
 
-// reason returns ErrTimeout for an error that says that the system has given up the client:
-// a timeout or, if the system knows of one, what has kept its packets from the client.
+// timeouts are what the system says when it has given up the client: a timeout (10060 is
+// Windows') or, if it knows of one, what has kept its packets from the client.
+var timeouts = []error{syscall.ETIMEDOUT, syscall.Errno(10060), syscall.EHOSTUNREACH, syscall.ENETUNREACH}
+
+// reason returns ErrTimeout for one of the timeouts, and any other err as it is.
 func reason(err error) error {
-	if err == nil {
-		return nil // the usual case; to compare with windowsETIMEDOUT allocates
-	}
-	for _, errno := range [...]syscall.Errno{syscall.ETIMEDOUT, windowsETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH} {
-		if errors.Is(err, errno) {
-			return ErrTimeout
-		}
+	if slices.ContainsFunc(timeouts, func(timeout error) bool { return errors.Is(err, timeout) }) {
+		return ErrTimeout
 	}
 	return err
 }
-
-// windowsETIMEDOUT is WSAETIMEDOUT; package syscall's ETIMEDOUT is another number there.
-const windowsETIMEDOUT = syscall.Errno(10060)
 
 // failLocked resets the connection because of the error, and throws away what is queued. If
 // the system has given up the client, that is the reason; it tells it only to who reads or to
@@ -370,6 +352,5 @@ func (c *Conn) Close(lastLine string) {
 		c.conn.SetReadDeadline(deadline)
 		_, err = c.conn.Read(discarded)
 	}
-	beforeClose(c.conn)
 	c.conn.Close()
 }

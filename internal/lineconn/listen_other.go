@@ -13,5 +13,3 @@ func listenConfig(timeout time.Duration) net.ListenConfig {
 		Enable: true, Idle: timeout * 2 / 3, Interval: timeout / 9, Count: 3,
 	}}
 }
-
-func beforeClose(TCPConn) {}

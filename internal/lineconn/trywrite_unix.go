@@ -12,15 +12,13 @@ import (
 // tryWrite writes as much of the pieces as the system takes at once, and returns the rest.
 // It never waits. An error is left to whoever writes the rest.
 func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers) {
-	socket, ok := conn.(syscall.Conn)
-	if !ok {
-		return slices.Clone(pieces)
-	}
 	t := tries.Get().(*try)
 	t.pieces = append(t.pieces[:0], pieces...)
 	t.rest = t.pieces
-	if raw, err := socket.SyscallConn(); err == nil {
-		raw.Write(t.write)
+	if socket, ok := conn.(syscall.Conn); ok {
+		if raw, err := socket.SyscallConn(); err == nil {
+			raw.Write(t.write)
+		}
 	}
 	if len(t.rest) > 0 {
 		rest = slices.Clone(t.rest)
