@@ -12,7 +12,6 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -185,15 +184,14 @@ var plainBytes = func() (plain [256]bool) {
 // one block a line.
 //
 // Only one goroutine may use it. What latest returned may be read by others at any
-// time, since bytes once written never change or move.
+// time, since bytes once written never change.
 type Blockchain struct {
-	head   Block     // the newest block
-	limit  int       // of blocks in chunks
-	chunks [][]byte  // their JSON objects, a comma after each; none is split over two chunks
-	start  int       // of the oldest of them in the first chunk
-	file   chainFile // nil if the chain is in memory only
-	size   int64     // of the blocks in the file, in bytes
-	tail   int64     // bytes in the file after them, which a failed write has left
+	head  Block     // the newest block
+	limit int       // of blocks in json; 0 is none
+	json  []byte    // the newest blocks' objects, a comma after each; grows at its end and is cut at its front
+	file  chainFile // nil if the chain is in memory only
+	size  int64     // of the blocks in the file, in bytes
+	tail  int64     // bytes in the file after them, which a failed write has left
 }
 
 // A chainFile is what a Blockchain needs of an os.File that is open for appending.
@@ -235,12 +233,6 @@ var errNotRegular = errors.New("it is not a regular file")
 // because the chain's file is in a state that the chain does not know.
 var errChainLost = errors.New("the chain cannot go on")
 
-// chunkBlocks is how many blocks a chunk has room for at least, if the limit is not
-// lower. If the chain were one slice, growing it would copy it, and readers would keep
-// the older copies in memory. A broadcast writes each chunk separately, so small chunks
-// would slow it down. Tests use smaller ones.
-var chunkBlocks = 10_000
-
 // openBlockchain returns the chain in the named file. If there is no such file, or
 // it is empty, it returns a new chain and keeps it there. Without a name the chain
 // is in memory only. When openBlockchain returns, all blocks are on disk. latest is
@@ -250,7 +242,7 @@ var chunkBlocks = 10_000
 // if another server uses it or if it has a line that is no valid block. Only a torn
 // last line is dropped, and the newline of a whole one is written; the log says so.
 func openBlockchain(name string, latest int, logger *log.Logger) (*Blockchain, error) {
-	c := &Blockchain{head: beforeGenesis, limit: cmp.Or(latest, math.MaxInt)}
+	c := &Blockchain{head: beforeGenesis, limit: latest}
 	if name == "" {
 		return c, c.append(generateBlock(beforeGenesis, 0, "", time.Now()))
 	}
@@ -300,6 +292,9 @@ func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 // readBlocks reads the blocks in the file of size bytes. It drops a torn last line and
 // writes the newline that a whole one lacks.
 func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
+	if c.limit == 0 {
+		c.json = make([]byte, 0, size+1<<20) // grown step by step, it would leave several times as much behind
+	}
 	lines := bufio.NewReaderSize(c.file, 64<<10)
 	for c.size < size {
 		line, err := lines.ReadSlice('\n')
@@ -440,31 +435,18 @@ func (c *Blockchain) checkFile() error {
 	return nil
 }
 
-// add makes the block the head and appends its JSON object to the chunks, in place of
-// the oldest one if they would have more than the limit.
+// add makes the block the head and appends its JSON object. What exceeds the limit is
+// cut off, and no longer kept as soon as append moves the rest to another array.
 func (c *Blockchain) add(block Block, object []byte) {
-	last := len(c.chunks) - 1
-	if last < 0 || len(c.chunks[last])+len(object)+len(",") > cap(c.chunks[last]) {
-		c.chunks = append(c.chunks, make([]byte, 0, min(c.limit, chunkBlocks)*(maxBlock+len(","))))
-		last++
-	}
-	c.chunks[last] = append(append(c.chunks[last], object...), ',')
 	c.head = block
-	if block.Index < c.limit {
-		return
-	}
-	c.start += bytes.IndexByte(c.chunks[0][c.start:], '}') + len("},")
-	if c.start == len(c.chunks[0]) {
-		c.chunks, c.start = slices.Delete(c.chunks, 0, 1), 0
+	c.json = append(append(c.json, object...), ',')
+	if oldest := block.Index - c.limit + 1; c.limit > 0 && oldest > 0 {
+		c.json = c.json[bytes.Index(c.json, blockStart(oldest)):]
 	}
 }
 
 // latest returns the JSON objects of the newest blocks, as many as openBlockchain was
-// told. The pieces together are one text, with commas between the objects.
-func (c *Blockchain) latest() [][]byte {
-	pieces := slices.Clone(c.chunks)
-	pieces[0] = pieces[0][c.start:]
-	end := &pieces[len(pieces)-1]
-	*end = (*end)[:len(*end)-1]
-	return pieces
+// told, with commas between them.
+func (c *Blockchain) latest() []byte {
+	return slices.Clip(c.json[:len(c.json)-len(",")])
 }

@@ -142,7 +142,7 @@ func newBlockchain(t testing.TB) *Blockchain {
 // blocks returns the blocks of a chain after checking all of them.
 func blocks(t *testing.T, c *Blockchain) (all []Block) {
 	t.Helper()
-	text := "[" + string(bytes.Join(c.latest(), nil)) + "]"
+	text := "[" + string(c.latest()) + "]"
 	if err := json.Unmarshal([]byte(text), &all); err != nil {
 		t.Fatalf("%v in %.300s", err, text)
 	}
@@ -177,60 +177,37 @@ func TestAppendRefuses(t *testing.T) {
 // latest gives the newest blocks, as many as it should and no more, and what it gave stays
 // the same when the chain grows. Little more is kept.
 func TestLatest(t *testing.T) {
-	smallChunks(t)
-	for _, limit := range []int{0, 1, 2, 9, 10, 11, 25, 39, 40, 41, math.MaxInt} {
+	for _, limit := range []int{0, 1, 2, 3, 39, 40, 41, math.MaxInt} {
 		c, err := openBlockchain("", limit, log.New(io.Discard, "", 0))
 		if err != nil {
 			t.Fatal(err)
 		}
-		var objects, want []string // of all blocks; of the newest, whenever there was one more
-		var got [][][]byte
+		var objects, want, got []string // of all blocks; of the newest, whenever there was one more
+		var shared [][]byte
 		for range 40 {
 			objects = append(objects, string(c.head.marshal()))
-			first := 0
+			newest := objects
 			if limit > 0 {
-				first = max(0, len(objects)-limit)
+				newest = objects[max(0, len(objects)-limit):]
 			}
-			want = append(want, strings.Join(objects[first:], ","))
-			got = append(got, c.latest())
-			kept := 0 // bytes of memory
-			for _, chunk := range c.chunks {
-				kept += cap(chunk)
+			want = append(want, strings.Join(newest, ","))
+			got = append(got, string(c.latest()))
+			shared = append(shared, c.latest())
+			_ = append(c.latest(), "more"...) // is no concern of the chain's
+			if kept := cap(c.json); kept > 2*(len(newest)+1)*maxBlock {
+				t.Fatalf("%d bytes are kept for the newest %d blocks", kept, len(newest))
 			}
-			if most := (len(objects) - first + 2*min(chunkBlocks, max(limit, 1))) * 385; limit > 0 && kept > most {
-				t.Fatalf("%d bytes are kept for the newest %d blocks, want at most %d", kept, limit, most)
+			// A string may have what also ends an object.
+			if err := c.append(generateBlock(c.head, 72, "},{", time.Now())); err != nil {
+				t.Fatal(err)
 			}
-			appendBlock(t, c)
 		}
 		for i := range want {
-			if text := string(bytes.Join(got[i], nil)); text != want[i] {
-				t.Fatalf("the newest %d of %d blocks are %s, want %s", limit, i+1, text, want[i])
+			if got[i] != want[i] || string(shared[i]) != want[i] {
+				t.Fatalf("the newest %d of %d blocks are %s, later %s, want %s", limit, i+1, got[i], shared[i], want[i])
 			}
 		}
 	}
-}
-
-// A chunk takes objects until the next one with its comma would make it grow.
-func TestChunks(t *testing.T) {
-	smallChunks(t)
-	for length, want := range map[int][]int{384: {10 * 385, 2 * 385}, 350: {10 * 351, 2 * 351}, 349: {11 * 350, 350}, 320: {11 * 321, 321}} {
-		c := &Blockchain{limit: math.MaxInt}
-		for i := range 12 {
-			c.add(Block{Index: i}, bytes.Repeat([]byte("x"), length))
-		}
-		for i, chunk := range c.chunks {
-			if len(c.chunks) != len(want) || len(chunk) != want[i] || cap(chunk) != 10*385 {
-				t.Errorf("with objects of %d bytes chunk %d has %d bytes of %d, want %d", length, i, len(chunk), cap(chunk), want)
-			}
-		}
-	}
-}
-
-// smallChunks makes chunks small until the end of the test, so that opening a chain is cheap.
-func smallChunks(t testing.TB) {
-	original := chunkBlocks
-	t.Cleanup(func() { chunkBlocks = original })
-	chunkBlocks = 10
 }
 
 // newChainFile returns the name of a new file with a chain of so many blocks,
@@ -305,7 +282,7 @@ func TestFileIsTheChain(t *testing.T) {
 	for range 10 {
 		appendBlock(t, c)
 		objects := bytes.Split(readFile(t, name), []byte("\n"))
-		if want := bytes.Join(objects[:len(objects)-1], []byte(",")); !bytes.Equal(bytes.Join(c.latest(), nil), want) || len(objects[len(objects)-1]) != 0 {
+		if want := bytes.Join(objects[:len(objects)-1], []byte(",")); !bytes.Equal(c.latest(), want) || len(objects[len(objects)-1]) != 0 {
 			t.Fatalf("the file has %s, the chain %s", want, c.latest())
 		}
 		again := openCopy(t, name)
@@ -333,7 +310,7 @@ func openFile(t *testing.T, name string) *os.File {
 }
 
 func load(file chainFile, logger *log.Logger) (*Blockchain, error) {
-	c := &Blockchain{head: beforeGenesis, limit: math.MaxInt}
+	c := &Blockchain{head: beforeGenesis}
 	return c, c.load(file, logger)
 }
 
@@ -394,7 +371,6 @@ func wantRefused(t *testing.T, name string, text []byte, want string) {
 // A last line that a crash has cut short anywhere, or whose pages did not all reach
 // the disk, is dropped.
 func TestFileCutOff(t *testing.T) {
-	smallChunks(t)
 	name, text := newChainFile(t, 3)
 	lines := bytes.SplitAfter(text, []byte("\n"))
 	for _, count := range []int{0, 2} {
@@ -425,7 +401,6 @@ func TestFileCutOff(t *testing.T) {
 
 // A last line that is a whole valid block but for its newline stays.
 func TestNewlineIsMissing(t *testing.T) {
-	smallChunks(t)
 	name, text := newChainFile(t, 3)
 	for count := range 3 {
 		whole := bytes.Join(bytes.SplitAfter(text, []byte("\n"))[:count+1], nil)
@@ -449,7 +424,6 @@ func TestNewlineIsMissing(t *testing.T) {
 
 // A file that is no chain, nor could be the beginning of one, is refused.
 func TestFileIsNoChain(t *testing.T) {
-	smallChunks(t)
 	name, text := newChainFile(t, 3)
 	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
 	object := string(lines[0][:len(lines[0])-1])
@@ -611,7 +585,6 @@ func mayBeTorn(line []byte, index int) bool {
 // A file with any byte changed is refused, with the number of the line, and left
 // as it is, unless the change makes the last line a torn one.
 func TestFileDamaged(t *testing.T) {
-	smallChunks(t)
 	name, text := newChainFile(t, 3)
 	lines := bytes.SplitAfter(text, []byte("\n"))[:3]
 	last := len(text) - len(lines[2])
@@ -1121,7 +1094,6 @@ func wantOpened(text []byte) (after []byte, ok bool) {
 // Whatever is in the file, opening it either gives the chain of its valid lines
 // without a torn last one, or refuses the file and leaves it as it is.
 func FuzzOpen(f *testing.F) {
-	smallChunks(f)
 	name, text := newChainFile(f, 3)
 	f.Add(text)
 	f.Add(text[:len(text)-1])
@@ -1190,10 +1162,10 @@ func TestMemory(t *testing.T) {
 		defer p.kill()
 		return p.memory("VmRSS")
 	}
-	if got := memory("BROADCAST_BLOCKS=100"); got > 30<<20 {
-		t.Errorf("with 100 blocks a broadcast the program takes %d bytes, want at most 30 MB", got)
+	if got := memory("BROADCAST_BLOCKS=3"); got > 30<<20 {
+		t.Errorf("with 3 blocks a broadcast the program takes %d bytes, want at most 30 MB", got)
 	}
-	if got := memory("BROADCAST_BLOCKS=0"); got < size {
+	if got := memory("BROADCAST_BLOCKS=0"); got < size || got > size*22/10+30<<20 {
 		t.Errorf("with the whole chain it takes %d bytes, the chain alone has %d", got, size)
 	}
 }

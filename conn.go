@@ -296,8 +296,8 @@ func (s *server) announce(winner *validator, tokens int64) {
 }
 
 // broadcast sends the chain to all validators. It does not wait until it is written.
-func (s *server) broadcast(chain [][]byte) {
-	m := lineconn.NewMessage(slices.Concat([][]byte{[]byte("\n[")}, chain, [][]byte{[]byte("]\n" + bpmPrompt)})...)
+func (s *server) broadcast(chain []byte) {
+	m := lineconn.NewMessage([]byte("\n["), chain, []byte("]\n"+bpmPrompt))
 	m.Droppable = true
 	go flush(s.enqueue(func(*client) *lineconn.Message { return m }))
 }

@@ -305,7 +305,7 @@ func TestEverybodyHears(t *testing.T) {
 		ts.advance(29 * time.Second)
 		proposer.want("")
 		ts.advance(time.Second) // a draw and a broadcast at once: the draw first, the broadcast with its block
-		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:"
+		chain := "\n[" + string(ts.lottery.chain.latest()) + "]\n\nEnter a new BPM:"
 		if !strings.Contains(chain, `"Index":2,`) {
 			t.Errorf("the chain is %s", chain)
 		}
@@ -503,7 +503,7 @@ func TestLineEnds(t *testing.T) {
 		winner.send("72\n")
 		winner.received.take()
 		ts.advance(time.Minute)
-		chain := "\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:"
+		chain := "\n[" + string(ts.lottery.chain.latest()) + "]\n\nEnter a new BPM:"
 		winner.want(winner.won(1) + chain)
 		other.want(winner.wins(1) + chain)
 		for _, c := range terminals {
@@ -640,7 +640,7 @@ func TestHalfCloseBroadcast(t *testing.T) {
 		c := ts.join(100)
 		c.halfClose()
 		ts.advance(20 * time.Second)
-		c.want("\n[" + string(bytes.Join(ts.lottery.chain.latest(), nil)) + "]\n\nEnter a new BPM:")
+		c.want("\n[" + string(ts.lottery.chain.latest()) + "]\n\nEnter a new BPM:")
 		ts.advance(10 * time.Second)
 		c.wantClosed("")
 	})
@@ -1035,7 +1035,7 @@ func TestStopWhileWriting(t *testing.T) {
 		go ts.stop()
 		synctest.Wait()
 		received, err := io.ReadAll(c)
-		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", bytes.Join(ts.lottery.chain.latest(), nil), bpmPrompt)
+		want := fmt.Sprintf("\n[%s]\n%s\nserver shutting down\n", ts.lottery.chain.latest(), bpmPrompt)
 		if string(received) != want || err != nil {
 			t.Errorf("received %q, %v, want %q", received, err, want)
 		}

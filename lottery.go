@@ -92,7 +92,7 @@ func (r *round) remove(v *validator) {
 // slow ones.
 type announcer interface {
 	announce(winner *validator, tokens int64) // the tokens that were in the draw
-	broadcast(chain [][]byte)                 // what Blockchain.latest returned
+	broadcast(chain []byte)                   // what Blockchain.latest returned
 }
 
 // A lottery decides, round by round, whose block joins the chain.

@@ -114,7 +114,7 @@ func (r *recorder) announce(winner *validator, tokens int64) {
 	r.tokens = tokens
 }
 
-func (r *recorder) broadcast(chain [][]byte) {}
+func (r *recorder) broadcast(chain []byte) {}
 
 func (r *recorder) Write(p []byte) (int, error) {
 	r.printed = len(r.winners)
@@ -355,7 +355,7 @@ func TestDrawFails(t *testing.T) {
 type onBroadcast func()
 
 func (onBroadcast) announce(*validator, int64) {}
-func (f onBroadcast) broadcast(chain [][]byte) { f() }
+func (f onBroadcast) broadcast(chain []byte)   { f() }
 
 // Where a draw and a broadcast are due at the same instant the draw comes first, though its
 // tick may arrive later. That is rare, hence so many.
