@@ -47,18 +47,9 @@ func (b *Block) marshal() []byte {
 // with an empty Hash. It covers every other field, and the object's keys keep
 // them apart.
 func calculateBlockHash(block Block) string {
-	return hashObject(block.marshal())
-}
-
-// hashObject returns calculateBlockHash of the block with this JSON object. It cuts the Hash
-// out of the text, so that checking a chain need not marshal each block again. That is right
-// since no string in a block needs escapes.
-func hashObject(object []byte) string {
-	const key = `"Hash":"`
-	start := bytes.Index(object, []byte(key)) + len(key)
-	end := start + bytes.IndexByte(object[start:], '"')
-	sum := sha256.Sum256(append(append(make([]byte, 0, maxBlock), object[:start]...), object[end:]...))
-	return string(hex.AppendEncode(make([]byte, 0, 2*len(sum)), sum[:])) // allocates only once
+	block.Hash = ""
+	sum := sha256.Sum256(block.marshal())
+	return hex.EncodeToString(sum[:])
 }
 
 // beforeGenesis stands for the block that the genesis block follows.
@@ -78,9 +69,9 @@ func generateBlock(oldBlock Block, BPM int, address string, proposed time.Time) 
 	return newBlock
 }
 
-// validateBlock returns nil if newBlock, whose JSON object is given, can follow oldBlock,
-// or else an error that says why it cannot.
-func validateBlock(newBlock Block, object []byte, oldBlock Block) error {
+// validateBlock returns nil if newBlock can follow oldBlock, or else an error that says
+// why it cannot.
+func validateBlock(newBlock, oldBlock Block) error {
 	if newBlock.Index != oldBlock.Index+1 {
 		return fmt.Errorf("block %d stands where block %d belongs", newBlock.Index, oldBlock.Index+1)
 	}
@@ -91,7 +82,7 @@ func validateBlock(newBlock Block, object []byte, oldBlock Block) error {
 		return fmt.Errorf("block %d does not follow: its PrevHash is %s, the Hash of block %d is %s",
 			newBlock.Index, cmp.Or(newBlock.PrevHash, "empty"), oldBlock.Index, oldBlock.Hash)
 	}
-	if hash := hashObject(object); newBlock.Hash != hash {
+	if hash := calculateBlockHash(newBlock); newBlock.Hash != hash {
 		return fmt.Errorf("block %d was changed: its contents hash to %s, its Hash says %s",
 			newBlock.Index, hash, cmp.Or(newBlock.Hash, "nothing"))
 	}
@@ -305,7 +296,7 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 		object, whole := bytes.CutSuffix(line, []byte("\n"))
 		block, err := parseBlock(line, index)
 		if err == nil {
-			err = validateBlock(block, object, c.head)
+			err = validateBlock(block, c.head)
 		}
 		switch {
 		case err == nil:
@@ -359,10 +350,10 @@ func isTorn(line []byte, index int) bool {
 // unless the error wraps errChainLost or the file system has become read-only: then the
 // next append first removes what is left of the block in the file.
 func (c *Blockchain) append(block Block) error {
-	object := block.marshal()
-	if err := validateBlock(block, object, c.head); err != nil {
+	if err := validateBlock(block, c.head); err != nil {
 		return err
 	}
+	object := block.marshal()
 	if c.file != nil {
 		if err := c.write(append(object, '\n')); err != nil {
 			return err

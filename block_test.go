@@ -84,10 +84,10 @@ func TestHashCoversEveryField(t *testing.T) {
 func TestValidateBlock(t *testing.T) {
 	genesis := generateBlock(beforeGenesis, 0, "", time.Now())
 	block := generateBlock(genesis, 72, golden.Validator, time.Now())
-	if err := validateBlock(genesis, genesis.marshal(), beforeGenesis); err != nil {
+	if err := validateBlock(genesis, beforeGenesis); err != nil {
 		t.Errorf("genesis block: %v", err)
 	}
-	if err := validateBlock(block, block.marshal(), genesis); err != nil {
+	if err := validateBlock(block, genesis); err != nil {
 		t.Errorf("block 1: %v", err)
 	}
 	rehash := func(b *Block) { b.Hash = calculateBlockHash(*b) }
@@ -124,7 +124,7 @@ func TestValidateBlock(t *testing.T) {
 	} {
 		test.spoil(&test.newBlock)
 		want := strings.Replace(test.want, "HASH", calculateBlockHash(test.newBlock), 1)
-		if err := validateBlock(test.newBlock, test.newBlock.marshal(), test.oldBlock); err == nil || err.Error() != want {
+		if err := validateBlock(test.newBlock, test.oldBlock); err == nil || err.Error() != want {
 			t.Errorf("%s: %v, want %s", name, err, want)
 		}
 	}
@@ -148,7 +148,7 @@ func blocks(t *testing.T, c *Blockchain) (all []Block) {
 	}
 	last := beforeGenesis
 	for _, block := range all {
-		if err := validateBlock(block, block.marshal(), last); err != nil {
+		if err := validateBlock(block, last); err != nil {
 			t.Fatalf("block %d: %v", block.Index, err)
 		}
 		last = block
@@ -1081,7 +1081,7 @@ func wantOpened(text []byte) (after []byte, ok bool) {
 		err := json.Unmarshal(line, &block)
 		again, _ := json.Marshal(block)
 		plain := plainString.MatchString(block.Timestamp) && plainString.MatchString(block.Validator)
-		if err != nil || !plain || !bytes.Equal(line, again) || validateBlock(block, again, last) != nil {
+		if err != nil || !plain || !bytes.Equal(line, again) || validateBlock(block, last) != nil {
 			return after, len(next) == 0 && mayBeTorn(rest, last.Index+1)
 		}
 		after = append(append(after, line...), '\n')
