@@ -17,7 +17,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"syscall"
 	"time"
 
 	"proof-of-stake/internal/filelock"
@@ -151,7 +150,7 @@ type Blockchain struct {
 	json  []byte    // the newest blocks' objects, a comma after each; grows at its end and is cut at its front
 	file  chainFile // nil if the chain is in memory only
 	size  int64     // of the blocks in the file, in bytes
-	tail  int64     // bytes in the file after them, which a failed write has left
+	tail  int64     // of a block that could not be written; anything from nothing to all of it may be in the file
 }
 
 // A chainFile is what a Blockchain needs of an os.File that is open for appending.
@@ -164,11 +163,17 @@ type chainFile interface {
 	Truncate(size int64) error
 }
 
-// An appendFile is an os.File that is open for appending. It is truncated by its name,
-// since Windows cannot truncate it otherwise.
+// An appendFile is an os.File that is open for appending.
 type appendFile struct{ *os.File }
 
-func (f appendFile) Truncate(size int64) error { return os.Truncate(f.Name(), size) }
+// Truncate truncates the open file, whatever its name leads to by now. Windows cannot do
+// that, but does not let anybody replace an open file either.
+func (f appendFile) Truncate(size int64) error {
+	if runtime.GOOS == "windows" {
+		return os.Truncate(f.Name(), size)
+	}
+	return f.File.Truncate(size)
+}
 
 func (f appendFile) SyncDir() error {
 	if runtime.GOOS == "windows" {
@@ -189,8 +194,8 @@ func (f appendFile) SyncDir() error {
 // errNotRegular is why a pipe, a device or the like cannot hold the chain.
 var errNotRegular = errors.New("it is not a regular file")
 
-// errChainLost is wrapped by errors after which no block can be appended any more,
-// because the chain's file is in a state that the chain does not know.
+// errChainLost is wrapped by the errors that say that something else has deleted, replaced or
+// changed the chain's file.
 var errChainLost = errors.New("the chain cannot go on")
 
 // openBlockchain returns the chain in the named file. If there is no such file, or
@@ -309,10 +314,10 @@ func isTorn(line []byte, index int) bool {
 	return bytes.HasPrefix(written, start) || bytes.HasPrefix(start, written)
 }
 
-// append adds a block that is valid on top of the head. When it returns nil the
-// block is on disk. When it returns an error the chain and its file are as before,
-// unless the error wraps errChainLost or the file system has become read-only: then the
-// next append first removes what is left of the block in the file.
+// append adds a block that is valid on top of the head. When it returns nil the block is on
+// disk. When it returns an error the chain is as before, and what may be left of the block in
+// its file is removed before the next one is written. After an error that wraps errChainLost
+// no block can be appended any more.
 func (c *Blockchain) append(block Block) error {
 	if err := validateBlock(block, c.head); err != nil {
 		return err
@@ -329,63 +334,56 @@ func (c *Blockchain) append(block Block) error {
 
 // write appends text to the file and syncs it. Its error means what that of append means.
 func (c *Blockchain) write(text []byte) error {
-	switch err := c.checkFile(); {
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EIO):
-		return err // the system has refused the answer, which may pass
-	case err != nil:
-		return fmt.Errorf("%w: %w", errChainLost, err)
-	}
-	if err := c.removeTail(); err != nil {
+	if err := c.rollBack(); err != nil {
 		return err
 	}
-	n, err := c.file.Write(text)
+	_, err := c.file.Write(text)
 	if err == nil {
 		err = c.file.Sync()
 	}
-	if err == nil {
-		c.size += int64(n)
-		return nil
+	if err != nil {
+		c.tail = int64(len(text))
+		c.rollBack() // if that fails, the next write tries again
+		return err
 	}
-	c.tail = int64(n)
-	if failed := c.removeTail(); failed != nil && !errors.Is(failed, syscall.EROFS) {
-		return fmt.Errorf("%w: writing a block failed (%w), and so did removing what was written of it (%w)", errChainLost, err, failed)
-	}
-	return err
+	c.size += int64(len(text))
+	return nil
 }
 
-// removeTail removes what a failed write has left in the file. This need not be synced: if
-// a crash undoes it, the file ends with a torn line or with a block that was not announced.
-func (c *Blockchain) removeTail() error {
-	if c.tail == 0 {
-		return nil
+// rollBack removes what a failed write has left in the file, if it is still the chain's.
+// This need not be synced: if a crash undoes it, the file ends with a torn line or with a
+// block that was not announced.
+func (c *Blockchain) rollBack() error {
+	err := c.checkFile()
+	if err != nil || c.tail == 0 {
+		return err
 	}
-	err := c.file.Truncate(c.size)
-	if err == nil {
+	if err = c.file.Truncate(c.size); err == nil {
 		c.tail = 0
 	}
 	return err
 }
 
-// checkFile returns an error if something else has deleted or replaced the file, or
-// changed its size, or if that cannot be found out.
+// checkFile returns an error that wraps errChainLost if something else has deleted or
+// replaced the file or changed its size, or another error if that cannot be found out.
 func (c *Blockchain) checkFile() error {
-	name, size := c.file.Name(), c.size+c.tail
+	name := c.file.Name()
 	opened, err := c.file.Stat()
-	if err != nil {
-		return err
+	var named fs.FileInfo
+	if err == nil {
+		named, err = os.Stat(name)
 	}
-	named, err := os.Stat(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%s was deleted while the server ran", name)
+		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, name)
 	case err != nil:
 		return err
 	case !os.SameFile(opened, named):
-		return fmt.Errorf("%s was replaced by another file while the server ran", name)
-	case opened.Size() > size:
-		return fmt.Errorf("%s was made longer by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
-	case opened.Size() < size:
-		return fmt.Errorf("%s was made shorter by something else while the server ran: from %d to %d bytes", name, size, opened.Size())
+		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, name)
+	case opened.Size() > c.size+c.tail:
+		return fmt.Errorf("%w: %s was made longer by something else while the server ran: from %d to %d bytes", errChainLost, name, c.size+c.tail, opened.Size())
+	case opened.Size() < c.size:
+		return fmt.Errorf("%w: %s was made shorter by something else while the server ran: from %d to %d bytes", errChainLost, name, c.size, opened.Size())
 	}
 	return nil
 }
