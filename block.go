@@ -106,9 +106,8 @@ func parseBlock(line []byte, index int) (Block, error) {
 	}
 	block := Block{Index: index}
 	var syntax *json.SyntaxError
-	if errors.As(json.Unmarshal(line, &block), &syntax) {
-		at := syntax.Offset - 1
-		return Block{}, fmt.Errorf("from byte %d on it reads %s, but a block is one JSON object", at+1, quote(text[at:]))
+	if errors.As(json.Unmarshal(line, &block), &syntax) { // a value of another type is left out, and found below
+		return Block{}, fmt.Errorf("from byte %d on it reads %s, but a block is one JSON object", syntax.Offset, quote(text[syntax.Offset-1:]))
 	}
 	if object := block.marshal(); !bytes.Equal(text, object) {
 		at := 0
