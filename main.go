@@ -80,24 +80,16 @@ func main() {
 	}
 	signal.Ignore(syscall.SIGPIPE) // so that writing to a closed pipe is an error
 
-	// The log also says how much was left out of either output, and has room for that even
-	// if it is full.
-	var notices *log.Logger
-	leftOut := func(what string) func(int, error) {
-		return func(writes int, reason error) { notices.Printf("%s: %d; %v", what, writes, reason) }
-	}
-	stderr := asyncwriter.New(os.Stderr, leftOut("lines left out of the log"))
-	stdout := asyncwriter.New(os.Stdout, leftOut("blocks left out of standard output"))
-	notices = log.New(stderr.Notices(), "", log.LstdFlags)
+	stderr := &asyncwriter.Writer{Dst: os.Stderr, What: "lines left out of the log"}
+	stdout := &asyncwriter.Writer{Dst: os.Stdout, What: "blocks left out of standard output", Log: stderr}
 	logger := log.New(stderr, "", log.LstdFlags)
 	err := run(stdout, logger)
 	if err != nil {
 		logger.Print(err)
 	}
-	deadline := time.Now().Add(flushLimit)
-	stdout.Flush(deadline)
-	// With some time after it, since stdout.Flush may have logged how much is left out.
-	stderr.Flush(time.Now().Add(max(time.Until(deadline), flushLimit/4)))
+	end := time.Now().Add(flushLimit)
+	stdout.Flush(end)
+	stderr.Flush(end.Add(flushLimit / 4)) // with what it now says is left out of stdout
 	if err != nil {
 		os.Exit(1)
 	}

@@ -1,70 +1,46 @@
-// Package asyncwriter has an io.Writer that never waits for whoever reads what is
-// written: a terminal that Ctrl-S has stopped, a pager, a full pipe.
+// Package asyncwriter has an io.Writer that never waits for whoever takes what is
+// written: a terminal that Ctrl-S has stopped, a pager, a full pipe, a full disk.
 package asyncwriter
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"io"
+	"log"
 	"sync"
+	"syscall"
 	"time"
 )
 
-const (
-	maxQueue   = 1 << 20 // bytes that wait to be written
-	maxNotices = 4 << 10 // bytes in addition, for what Notices writes
-)
+const maxQueue = 1 << 20 // bytes
 
-// ErrNotRead is the reason for a write that was left out because the queue was full.
-var ErrNotRead = errors.New("it was not read")
+var errNotRead = errors.New("it was not read")
 
 // A Writer queues what is written and returns at once. A goroutine writes the queue and
-// ends when it is empty. A Write that would take the queue beyond 1 MiB is left out, and
-// so are all after it until the queue has been written.
+// ends when it is empty. What is not taken, whatever the fault, is tried again until it
+// is, so no write is ever torn. Once 1 MiB waits, writes are left out until the queue is
+// empty; then the log says how many.
 type Writer struct {
-	dst     io.Writer
-	leftOut func(writes int, reason error)
+	Dst  io.Writer
+	What string  // begins the line in the log that says how many writes were left out
+	Log  *Writer // queues that line, however full it is; nil is the Writer itself
 
-	mu      sync.Mutex    // guards the following; never held during a write
-	queue   [][]byte      // the first one is being written
-	size    int           // bytes in queue
-	spare   []byte        // what was last written, whose memory the next write takes
-	full    bool          // a write did not fit; all are left out until the queue is empty
-	writing bool          // writeQueue runs
-	written chan struct{} // made by Flush, closed when writeQueue ends
-	omitted int           // writes left out since leftOut was last called
-	err     error         // of the last write that failed since then
-}
-
-// New returns a Writer to dst. As soon as writes go through again after some were left
-// out, or have failed, leftOut is called with their number and the last error, ErrNotRead
-// if there was none.
-func New(dst io.Writer, leftOut func(writes int, reason error)) *Writer {
-	return &Writer{dst: dst, leftOut: leftOut}
+	mu      sync.Mutex // guards the following; not held during a write to Dst; locked before that of Log
+	queue   [][]byte   // the first one is being written
+	size    int        // bytes in queue
+	spare   []byte     // what was last written, whose memory the next write takes
+	omitted int        // writes left out after those in queue
+	err     error      // the last fault since queue was empty
 }
 
 // Write never waits and never fails.
 func (w *Writer) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.full = w.size+len(p) > maxQueue || w.full && len(w.queue) > 0
-	if w.full {
+	if w.omitted > 0 || w.size >= maxQueue {
 		w.omitted++
 	} else {
-		w.enqueueLocked(p)
-	}
-	return len(p), nil
-}
-
-// Notices returns a writer to the same queue that has room for 4 KiB when the queue is
-// full. It is meant for what leftOut has to say.
-func (w *Writer) Notices() io.Writer { return notices{w} }
-
-type notices struct{ *Writer }
-
-func (w notices) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.size+len(p) <= maxQueue+maxNotices {
 		w.enqueueLocked(p)
 	}
 	return len(p), nil
@@ -75,78 +51,65 @@ func (w *Writer) enqueueLocked(p []byte) {
 	w.queue = append(w.queue, append(w.spare[:0], p...))
 	w.spare = nil
 	w.size += len(p)
-	if !w.writing {
-		w.writing = true
+	if len(w.queue) == 1 {
 		go w.writeQueue()
 	}
 }
 
-// writeQueue writes until the queue is empty.
+// writeQueue writes until the queue is empty, and logs what was left out after it.
 func (w *Writer) writeQueue() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	var wait time.Duration
 	for len(w.queue) > 0 {
 		next := w.queue[0]
 		w.mu.Unlock()
-		_, err := w.dst.Write(next)
+		time.Sleep(wait)
+		n, err := w.Dst.Write(next)
 		w.mu.Lock()
-		w.queue = w.queue[1:]
-		w.spare = next
-		w.size -= len(next)
-		if err != nil {
-			w.omitted++
+		w.size -= n
+		if n == len(next) {
+			w.queue = w.queue[1:]
+			w.spare = next
+			wait = 0
+			continue
+		}
+		w.queue[0] = next[n:]
+		wait = min(2*wait+time.Millisecond, 100*time.Millisecond)
+		if !errors.Is(err, syscall.EAGAIN) { // no fault: somebody has made a terminal non-blocking
 			w.err = err
-		} else if len(w.queue) == 0 {
-			w.full = false // although what leftOut writes may be queued now
-			w.reportLocked()
 		}
 	}
-	w.writing = false
-	if w.written != nil {
-		close(w.written)
-		w.written = nil
-	}
+	w.logLocked(w.omitted)
 }
 
-// reportLocked calls leftOut if something has been left out since the last time. w.mu
-// must be held; it is released meanwhile.
-func (w *Writer) reportLocked() {
-	omitted, err := w.omitted, w.err
+// logLocked logs that so many writes were left out, if any. w.mu must be held.
+func (w *Writer) logLocked(omitted int) {
+	reason := cmp.Or(w.err, errNotRead)
 	w.omitted, w.err = 0, nil
 	if omitted == 0 {
 		return
 	}
-	if err == nil {
-		err = ErrNotRead
+	to := w
+	if w.Log != nil {
+		to = w.Log
+		to.mu.Lock()
+		defer to.mu.Unlock()
 	}
-	w.mu.Unlock()
-	defer w.mu.Lock()
-	w.leftOut(omitted, err)
+	var line bytes.Buffer
+	log.New(&line, "", log.LstdFlags).Printf("%s: %d; %v", w.What, omitted, reason)
+	to.enqueueLocked(line.Bytes())
 }
 
-// Flush waits until everything is written, but not after the deadline, and reports what
-// is left out for good. What leftOut writes then it waits for too.
+// Flush waits until all is written, but not after the deadline, and logs how many writes
+// are left out for good.
 func (w *Writer) Flush(deadline time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.waitLocked(deadline)
-	w.omitted += len(w.queue)
-	w.reportLocked()
-	w.waitLocked(deadline)
-}
-
-// waitLocked waits until everything is written, but not after the deadline. w.mu must be
-// held; it is released meanwhile.
-func (w *Writer) waitLocked(deadline time.Time) {
-	if !w.writing {
-		return
+	for len(w.queue) > 0 && time.Now().Before(deadline) {
+		w.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		w.mu.Lock()
 	}
-	written := make(chan struct{})
-	w.written = written
-	w.mu.Unlock()
-	defer w.mu.Lock()
-	select {
-	case <-written:
-	case <-time.After(time.Until(deadline)):
-	}
+	w.logLocked(w.omitted + len(w.queue))
 }

@@ -1,10 +1,14 @@
 package asyncwriter
 
 import (
-	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math/rand/v2"
+	"regexp"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,35 +17,93 @@ import (
 // A reader takes what is written once it is open.
 type reader struct {
 	open chan struct{}
-	err  error // of each Write
 	text strings.Builder
 }
 
 func (r *reader) Write(p []byte) (int, error) {
 	<-r.open
-	if r.err != nil {
-		return 0, r.err
-	}
 	return r.text.Write(p)
 }
 
-// run runs f in a bubble of virtual time. report has what leftOut was called with.
-func run(t *testing.T, f func(w *Writer, r *reader, report *strings.Builder)) {
+// readers returns a Writer of blocks and that of their log, each with its reader.
+func readers() (blocks, log *Writer, blockReader, logReader *reader) {
+	blockReader, logReader = &reader{open: make(chan struct{})}, &reader{open: make(chan struct{})}
+	log = &Writer{Dst: logReader, What: "lines left out"}
+	blocks = &Writer{Dst: blockReader, What: "blocks left out", Log: log}
+	return blocks, log, blockReader, logReader
+}
+
+// A disk takes what it has room for.
+type disk struct {
+	mu    sync.Mutex // guards the following
+	room  int        // bytes
+	fault error      // for what it has no room for
+	text  strings.Builder
+	tries int
+}
+
+func (d *disk) Write(p []byte) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tries++
+	n := min(d.room, len(p))
+	d.room -= n
+	d.text.Write(p[:n])
+	if n < len(p) {
+		return n, d.fault
+	}
+	return n, nil
+}
+
+// set sets the room, in addition to what there is, and the fault.
+func (d *disk) set(room int, fault error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.room += room
+	d.fault = fault
+}
+
+// written returns what is on the disk.
+func (d *disk) written() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.text.String()
+}
+
+// tried returns how many writes there were since it was last called.
+func (d *disk) tried() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	defer func() { d.tries = 0 }()
+	return d.tries
+}
+
+const unlimited = 1 << 40
+
+var (
+	full      = &fs.PathError{Op: "write", Path: "/dev/stdout", Err: syscall.ENOSPC}
+	notNow    = &fs.PathError{Op: "write", Path: "/dev/stdout", Err: syscall.EAGAIN}
+	timestamp = regexp.MustCompile(`\d{4}/\d\d/\d\d \d\d:\d\d:\d\d `)
+)
+
+// want checks what was written, timestamps left out.
+func want(t *testing.T, text, want string) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		r, report := &reader{open: make(chan struct{})}, new(strings.Builder)
-		f(New(r, func(writes int, reason error) { fmt.Fprintf(report, "%d: %v\n", writes, reason) }), r, report)
-	})
+	if got := timestamp.ReplaceAllString(text, ""); got != want {
+		t.Errorf("written %d bytes: %.50q … %q, want %d: %.50q … %q", len(got), got, got[max(len(got)-100, 0):],
+			len(want), want, want[max(len(want)-100, 0):])
+	}
 }
 
 // Write returns at once, and all is written whole and in order.
 func TestWrite(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _, r, log := readers()
 		line := []byte("line 0\n")
-		var want strings.Builder
+		var wanted strings.Builder
 		for i := range 10 {
 			line[5] = '0' + byte(i) // what is written may change afterwards
-			want.Write(line)
+			wanted.Write(line)
 			if n, err := w.Write(line); n != len(line) || err != nil {
 				t.Errorf("Write: %d, %v", n, err)
 			}
@@ -51,200 +113,301 @@ func TestWrite(t *testing.T) {
 		io.WriteString(w, "later\n")
 		io.WriteString(w, "last\n")
 		synctest.Wait()
-		if got := r.text.String(); got != want.String()+"later\nlast\n" || report.Len() > 0 {
-			t.Errorf("written: %q; left out: %q", got, report)
-		}
+		want(t, r.text.String(), wanted.String()+"later\nlast\n")
+		close(log.open)
+		synctest.Wait()
+		want(t, log.text.String(), "")
 	})
 }
 
-// Beyond 1 MiB writes are left out, and so are all after them until the queue is empty.
+// Once 1 MiB waits, writes are left out until the queue is empty, also if there is room
+// again. Their number takes their place.
 func TestBound(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
-		full := strings.Repeat("x", 1<<20-1)
-		io.WriteString(w, full)
+	synctest.Test(t, func(t *testing.T) {
+		_, w, _, r := readers()
+		first := strings.Repeat("x", 1<<20-1)
+		io.WriteString(w, first)
 		io.WriteString(w, "y")
 		for range 3 {
-			io.WriteString(w, "left out")
-		}
-		if report.Len() > 0 {
-			t.Errorf("reported %q while nothing is read", report)
-		}
-		close(r.open)
-		synctest.Wait()
-		if report.String() != "3: it was not read\n" {
-			t.Errorf("reported %q", report)
-		}
-		io.WriteString(w, "z")
-		synctest.Wait()
-		if r.text.String() != full+"yz" || report.String() != "3: it was not read\n" {
-			t.Errorf("%d bytes are written, reported %q", r.text.Len(), report)
-		}
-	})
-	run(t, func(w *Writer, r *reader, report *strings.Builder) { // one byte too much
-		io.WriteString(w, strings.Repeat("x", 1<<20))
-		io.WriteString(w, "y")
-		r.open <- struct{}{}
-		synctest.Wait()
-		if r.text.Len() != 1<<20 || report.String() != "1: it was not read\n" {
-			t.Errorf("%d bytes are written, reported %q", r.text.Len(), report)
-		}
-	})
-	run(t, func(w *Writer, r *reader, report *strings.Builder) { // also if there is room again
-		io.WriteString(w, "first")
-		io.WriteString(w, strings.Repeat("x", 1<<20))
-		r.open <- struct{}{}
-		synctest.Wait()
-		io.WriteString(w, "second")
-		io.WriteString(w, "third")
-		close(r.open)
-		synctest.Wait()
-		if r.text.String() != "firstsecondthird" || report.String() != "1: it was not read\n" {
-			t.Errorf("written: %.100q, reported %q", r.text.String(), report)
-		}
-	})
-	run(t, func(w *Writer, r *reader, report *strings.Builder) { // nothing overtakes what was left out
-		io.WriteString(w, "first")
-		io.WriteString(w, "second")
-		io.WriteString(w, strings.Repeat("x", 1<<20))
-		r.open <- struct{}{}
-		synctest.Wait()
-		io.WriteString(w, "third")
-		close(r.open)
-		synctest.Wait()
-		if r.text.String() != "firstsecond" || report.String() != "2: it was not read\n" {
-			t.Errorf("written: %.100q, reported %q", r.text.String(), report)
-		}
-	})
-}
-
-// Notices have 4 KiB when the queue is full.
-func TestNotices(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
-		io.WriteString(w, strings.Repeat("x", 1<<20))
-		notice := strings.Repeat("n", 2<<10)
-		for _, notice := range []string{notice, notice, "left out"} {
-			if n, err := io.WriteString(w.Notices(), notice); n != len(notice) || err != nil {
+			if n, err := io.WriteString(w, "left out"); n != len("left out") || err != nil {
 				t.Errorf("Write: %d, %v", n, err)
 			}
 		}
-		close(r.open)
-		synctest.Wait()
-		if !strings.HasSuffix(r.text.String(), "x"+notice+notice) {
-			t.Errorf("%d bytes are written, want %d", r.text.Len(), 1<<20+2*len(notice))
-		}
-	})
-}
-
-// While the notice of what was left out is being written, writes are queued again.
-func TestWriteDuringNotice(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
-		w.leftOut = func(writes int, _ error) { fmt.Fprintf(w.Notices(), "%d left out;", writes) }
-		io.WriteString(w, "first;")
-		io.WriteString(w, strings.Repeat("x", 1<<20))
 		r.open <- struct{}{}
 		synctest.Wait()
-		io.WriteString(w, "second;")
-		close(r.open)
-		synctest.Wait()
-		if r.text.String() != "first;1 left out;second;" {
-			t.Errorf("written: %.100q", r.text.String())
-		}
-	})
-}
-
-// Writes that fail are counted, and reported when one goes through.
-func TestWriteFails(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
-		close(r.open)
-		r.err = errors.New("broken pipe")
-		io.WriteString(w, "a")
-		io.WriteString(w, "b")
-		synctest.Wait()
-		if report.Len() > 0 {
-			t.Errorf("reported %q while no write goes through", report)
-		}
-		r.err = nil
-		io.WriteString(w, "c")
-		synctest.Wait()
-		if r.text.String() != "c" || report.String() != "2: broken pipe\n" {
-			t.Errorf("written: %q, reported %q", r.text.String(), report)
-		}
-	})
-}
-
-// After one that fails, writes are queued as before.
-func TestWriteAfterFailure(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
-		r.err = errors.New("no space left on device")
-		io.WriteString(w, "a")
-		io.WriteString(w, "b")
+		io.WriteString(w, "left out, since y waits")
 		r.open <- struct{}{}
 		synctest.Wait()
-		r.err = nil
-		io.WriteString(w, "c") // b is still being written
+		io.WriteString(w, "z")
 		close(r.open)
 		synctest.Wait()
-		if r.text.String() != "bc" || report.String() != "1: no space left on device\n" {
-			t.Errorf("written: %q, reported %q", r.text.String(), report)
-		}
+		io.WriteString(w, "all is as ever")
+		synctest.Wait()
+		want(t, r.text.String(), first+"ylines left out: 4; it was not read\nzall is as ever")
 	})
 }
 
-// A write that is larger than the bound is left out, and nothing else.
+// What is larger than the bound is written if nothing waits.
 func TestTooLarge(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+	synctest.Test(t, func(t *testing.T) {
+		_, w, _, r := readers()
+		large := strings.Repeat("x", 1<<20+1)
+		io.WriteString(w, large)
+		io.WriteString(w, "left out")
 		close(r.open)
-		w.Write(make([]byte, 1<<20+1))
-		io.WriteString(w, "a")
 		synctest.Wait()
-		if r.text.String() != "a" || report.String() != "1: it was not read\n" {
-			t.Errorf("written: %.100q, reported %q", r.text.String(), report)
-		}
+		want(t, r.text.String(), large+"lines left out: 1; it was not read\n")
 	})
 }
 
-// Flush waits for the reader, but not after the deadline, and reports what is left.
+// The log says what was left out of the blocks also if it is full itself.
+func TestBothFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		blocks, log, blockReader, logReader := readers()
+		xs := strings.Repeat("x", 1<<20)
+		for range 3 {
+			io.WriteString(blocks, xs)
+			io.WriteString(log, xs)
+		}
+		close(blockReader.open)
+		synctest.Wait()
+		io.WriteString(log, "left out")
+		close(logReader.open)
+		synctest.Wait()
+		io.WriteString(blocks, "all is as ever")
+		synctest.Wait()
+		want(t, blockReader.text.String(), xs+"all is as ever")
+		want(t, logReader.text.String(), xs+"blocks left out: 2; it was not read\nlines left out: 3; it was not read\n")
+	})
+}
+
+// However a write is cut short, and for whatever fault, it is finished before the next.
+func TestCut(t *testing.T) {
+	const lines = "first\nsecond\n"
+	for cut := range len(lines) {
+		for again := range len(lines) - cut {
+			for _, fault := range []error{full, notNow, nil} {
+				synctest.Test(t, func(t *testing.T) {
+					d := &disk{room: cut, fault: fault}
+					w := &Writer{Dst: d, What: "lines left out"}
+					io.WriteString(w, "first\n")
+					io.WriteString(w, "second\n")
+					for _, room := range []int{again, unlimited} {
+						time.Sleep(time.Second)
+						synctest.Wait()
+						d.set(room, fault)
+					}
+					w.Flush(time.Now().Add(time.Second))
+					want(t, d.written(), lines)
+				})
+			}
+		}
+	}
+}
+
+// Whatever is written and however little of it is taken at a time, what is read is what a
+// slow and obvious model of the disk and the queue reads.
+func TestModel(t *testing.T) {
+	cuts, notices := 0, 0
+	for seed := range uint64(15) {
+		synctest.Test(t, func(t *testing.T) {
+			random := rand.New(rand.NewPCG(seed, 0))
+			d := &disk{fault: full}
+			w := &Writer{Dst: d, What: "lines left out"}
+
+			const midnight = "2000/01/01 00:00:00 "
+			var waiting []string
+			var read strings.Builder
+			room, omitted, fault, reason := 0, 0, error(full), "it was not read"
+			model := func() {
+				for len(waiting) > 0 {
+					n := min(room, len(waiting[0]))
+					read.WriteString(waiting[0][:n])
+					waiting[0] = waiting[0][n:]
+					room -= n
+					if waiting[0] != "" {
+						if n > 0 {
+							cuts++
+						}
+						if fault == full {
+							reason = full.Error()
+						}
+						return
+					}
+					waiting = waiting[1:]
+					if len(waiting) == 0 {
+						if omitted > 0 {
+							notices++
+							waiting = []string{fmt.Sprintf("%slines left out: %d; %s\n", midnight, omitted, reason)}
+						}
+						omitted, reason = 0, "it was not read"
+					}
+				}
+			}
+
+			for i := range 100 {
+				switch random.IntN(4) {
+				default:
+					line := fmt.Sprintf("%d:%s\n", i, strings.Repeat("x", 1+random.IntN(300_000)))
+					io.WriteString(w, line)
+					waits := 0
+					for _, line := range waiting {
+						waits += len(line)
+					}
+					if omitted > 0 || waits >= 1<<20 {
+						omitted++
+					} else {
+						waiting = append(waiting, line)
+					}
+				case 0:
+					more := []int{1, random.IntN(100), random.IntN(300_000), 1 << 20}[random.IntN(4)]
+					fault = []error{full, notNow}[random.IntN(2)]
+					d.set(more, fault)
+					room += more
+				}
+				time.Sleep(200 * time.Millisecond)
+				synctest.Wait()
+				model()
+				if n := len(d.written()); n != read.Len() {
+					t.Fatalf("seed %d, step %d: %d bytes are written, want %d", seed, i, n, read.Len())
+				}
+			}
+			d.set(unlimited, nil)
+			room = unlimited
+			w.Flush(time.Now().Add(time.Second))
+			model()
+			want(t, d.written(), strings.ReplaceAll(read.String(), midnight, ""))
+		})
+	}
+	if cuts < 100 || notices < 20 {
+		t.Errorf("%d writes were cut short and %d notices written", cuts, notices)
+	}
+}
+
+// The log names the last fault, if there was one since all was written.
+func TestReason(t *testing.T) {
+	for _, test := range []struct {
+		before, meanwhile error
+		want              string
+	}{
+		{nil, full, "write /dev/stdout: no space left on device"},
+		{nil, notNow, "it was not read"},
+		{full, notNow, "it was not read"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			d := &disk{fault: test.before}
+			w := &Writer{Dst: d, What: "lines left out"}
+			io.WriteString(w, "a\n")
+			time.Sleep(time.Second)
+			synctest.Wait()
+			d.set(2, test.meanwhile)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			large := strings.Repeat("x", 1<<20)
+			io.WriteString(w, large)
+			io.WriteString(w, "left out")
+			time.Sleep(time.Second)
+			synctest.Wait()
+			d.set(unlimited, nil)
+			w.Flush(time.Now().Add(time.Second))
+			want(t, d.written(), "a\n"+large+"lines left out: 1; "+test.want+"\n")
+		})
+	}
+}
+
+// What is not taken is tried again at once, then less and less often, but ten times a second.
+func TestRetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &disk{fault: notNow}
+		w := &Writer{Dst: d}
+		for range 2 {
+			io.WriteString(w, "a")
+			time.Sleep(time.Millisecond)
+			synctest.Wait()
+			if tries := d.tried(); tries != 2 {
+				t.Errorf("in the first millisecond it was tried %d times", tries)
+			}
+			time.Sleep(time.Hour)
+			if tries := d.tried(); tries < 10*3600 || tries > 10*3600+10 {
+				t.Errorf("in an hour it was tried %d times", tries)
+			}
+			d.set(1, notNow)
+			time.Sleep(100 * time.Millisecond)
+			synctest.Wait()
+			d.tried()
+		}
+		want(t, d.written(), "aa")
+	})
+}
+
+// Flush waits until all is written, but not after the deadline. The log then says what is
+// left out for good.
 func TestFlush(t *testing.T) {
-	run(t, func(w *Writer, r *reader, report *strings.Builder) {
+	synctest.Test(t, func(t *testing.T) {
+		blocks, log, blockReader, logReader := readers()
+		close(logReader.open)
 		start := time.Now()
-		w.Flush(start.Add(time.Hour)) // there is nothing to wait for
-		io.WriteString(w, "a")
-		time.AfterFunc(time.Minute, func() { r.open <- struct{}{} })
-		w.Flush(start.Add(time.Hour))
-		if d := time.Since(start); d != time.Minute || r.text.String() != "a" || report.Len() > 0 {
-			t.Errorf("after %v: written %q, reported %q", d, r.text.String(), report)
+		blocks.Flush(start.Add(time.Second)) // there is nothing to wait for
+		io.WriteString(blocks, "a")
+		time.AfterFunc(time.Second/2, func() { blockReader.open <- struct{}{} })
+		blocks.Flush(start.Add(time.Second))
+		if d := time.Since(start); d < time.Second/2 || d > time.Second/2+time.Millisecond {
+			t.Errorf("what was read after %v is waited for until %v", time.Second/2, d)
 		}
-		io.WriteString(w, "-")
-		r.open <- struct{}{}
-		synctest.Wait() // nobody waits for that one
-		io.WriteString(w, "b")
-		io.WriteString(w, "c")
-		w.Flush(start.Add(time.Hour))
-		if d := time.Since(start); d != time.Hour || report.String() != "2: it was not read\n" {
-			t.Errorf("after %v: reported %q", d, report)
+		want(t, blockReader.text.String(), "a")
+
+		start = time.Now()
+		for range 3 {
+			io.WriteString(blocks, strings.Repeat("x", 1<<19))
 		}
-		close(r.open)
+		blocks.Flush(start.Add(time.Second))
+		if d := time.Since(start); d != time.Second {
+			t.Errorf("what is not read is waited for until %v", d)
+		}
+		log.Flush(time.Now().Add(time.Second))
+		want(t, logReader.text.String(), "blocks left out: 3; it was not read\n")
+		close(blockReader.open)
 	})
-	run(t, func(w *Writer, r *reader, report *strings.Builder) { // what leftOut says is waited for too
-		close(r.open)
-		w.leftOut = func(writes int, _ error) { fmt.Fprintf(w.Notices(), "%d left out", writes) }
-		io.WriteString(w, strings.Repeat("x", 1<<20+1))
-		w.Flush(time.Now().Add(time.Hour))
-		if r.text.String() != "1 left out" {
-			t.Errorf("written: %.100q", r.text.String())
-		}
+}
+
+// When the log is read again in the last moment, it still says how many lines it left out.
+func TestFlushLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, log, _, r := readers()
+		line := strings.Repeat("x", 1<<20)
+		io.WriteString(log, line)
+		io.WriteString(log, "left out")
+		time.AfterFunc(time.Second/2, func() {
+			r.open <- struct{}{}
+			time.Sleep(time.Second / 4) // and slowly
+			r.open <- struct{}{}
+		})
+		log.Flush(time.Now().Add(time.Second))
+		want(t, r.text.String(), line+"lines left out: 1; it was not read\n")
 	})
-	run(t, func(w *Writer, r *reader, report *strings.Builder) { // but is not reported itself if it fails
-		close(r.open)
-		r.err = errors.New("no space left on device")
-		w.leftOut = func(writes int, err error) {
-			fmt.Fprintf(report, "%d: %v\n", writes, err)
-			io.WriteString(w.Notices(), "a notice")
-		}
-		io.WriteString(w, "a")
-		w.Flush(time.Now().Add(time.Hour))
-		if report.String() != "1: no space left on device\n" {
-			t.Errorf("reported %q", report)
-		}
-	})
+}
+
+// A write of which a part was taken is finished by Flush if that is possible in time. What
+// is not is counted, with the fault.
+func TestFlushFullDisk(t *testing.T) {
+	for _, freed := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			d, logDisk := &disk{room: 3, fault: full}, &disk{room: unlimited}
+			log := &Writer{Dst: logDisk, What: "lines left out"}
+			blocks := &Writer{Dst: d, What: "blocks left out", Log: log}
+			io.WriteString(blocks, "first\n")
+			io.WriteString(blocks, "second\n")
+			wanted, logged := "fir", "blocks left out: 2; write /dev/stdout: no space left on device\n"
+			if freed {
+				time.AfterFunc(900*time.Millisecond, func() { d.set(unlimited, nil) })
+				wanted, logged = "first\nsecond\n", ""
+			}
+			blocks.Flush(time.Now().Add(time.Second))
+			log.Flush(time.Now().Add(time.Second))
+			want(t, d.written(), wanted)
+			want(t, logDisk.written(), logged)
+			d.set(unlimited, nil) // for the goroutine to end
+			time.Sleep(time.Second)
+		})
+	}
 }
