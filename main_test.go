@@ -514,7 +514,7 @@ func TestOutputsAreNotRead(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p, stdout, log := startUnread(t)
+			p, stdout, log := startUnread(t, never)
 			var reading sync.WaitGroup
 			var blocks, lines []byte
 			if !unread.stdout {
@@ -551,7 +551,7 @@ func TestOutputsAreNotRead(t *testing.T) {
 // read again.
 func TestOutputsAreReadAgain(t *testing.T) {
 	t.Parallel()
-	p, stdout, log := startUnread(t)
+	p, stdout, log := startUnread(t, never)
 	const draws = 2800
 	win(t, p, draws)
 	const disqualified = 1700
@@ -592,18 +592,69 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	if logged, lost := strings.Count(lines, "\n"), omitted("lines left out of the log"); logged+lost != want {
 		t.Errorf("%d lines were logged and %d left out, want %d together", logged, lost, want)
 	}
-	for _, line := range strings.SplitAfter(lines, "\n") {
-		if line != "" && !regexp.MustCompile(`^20../../.. ..:..:.. [[:print:]]+\n$`).MatchString(line) {
-			t.Errorf("logged %q", line)
-		}
+	wantLines(t, lines)
+}
+
+// Another program that shares the outputs, as some do with the terminal, makes them
+// non-blocking, and nobody reads them for a thousand draws. Then all is there.
+func TestOutputsAreNonBlocking(t *testing.T) {
+	if err := exec.Command("sh", "-c", makeNonBlocking).Run(); err != nil {
+		t.Skip("no dd that can make its output non-blocking: ", err)
+	}
+	for name, nonBlocking := range map[string]moment{"before": beforeStart, "after": afterStart} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, stdout, log := startUnread(t, nonBlocking)
+			const draws = 1000 // a pipe holds some 200 blocks and 400 lines of the log, the queues 2500
+			win(t, p, draws)
+			defer time.AfterFunc(waitLimit/4, func() { p.Process.Kill() }).Stop() // what is lost does not come
+			readTo := func(r *bufio.Reader, text string) (read string) {
+				for line, err := "", error(nil); err == nil && !strings.Contains(line, text); read += line {
+					line, err = r.ReadString('\n')
+				}
+				return read
+			}
+			blocks := readTo(stdout, fmt.Sprintf(" Index: (int) %d,", draws))
+			lines := readTo(log, fmt.Sprintf(" block %d: ", draws))
+			p.Process.Signal(syscall.SIGTERM)
+			rest, _ := io.ReadAll(stdout)
+			if printed := wantBlocks(t, append([]byte(blocks), rest...)); printed != 1+draws {
+				t.Errorf("%d blocks were printed, want %d", printed, 1+draws)
+			}
+			rest, _ = io.ReadAll(log)
+			lines += string(rest)
+			if won := strings.Count(lines, " wins with "); won != draws || strings.Contains(lines, "left out") {
+				t.Errorf("%d draws were logged, want %d; logged at last %s", won, draws, lines[len(lines)-300:])
+			}
+			wantLines(t, lines)
+			if err := p.Wait(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
+// makeNonBlocking is a shell's command that makes its outputs non-blocking.
+const makeNonBlocking = `dd if=/dev/null oflag=nonblock status=none && dd if=/dev/null oflag=nonblock status=none >&2`
+
+// A moment is when the outputs of startUnread are made non-blocking.
+type moment int
+
+const (
+	never moment = iota
+	beforeStart
+	afterStart
+)
+
 // startUnread starts the program, with rounds of 1 ms, and reads no more of its outputs
 // than that it has started.
-func startUnread(t *testing.T) (p *process, stdout, log *bufio.Reader) {
+func startUnread(t *testing.T, nonBlocking moment) (p *process, stdout, log *bufio.Reader) {
 	t.Helper()
 	cmd := program(t, "PORT=0", "HOST=localhost", "CHAIN_FILE=", "ROUND_INTERVAL=1ms", "BROADCAST_INTERVAL=1h")
+	if nonBlocking == beforeStart {
+		cmd.Args = []string{"sh", "-c", makeNonBlocking + ` && exec "$0"`, cmd.Path}
+		cmd.Path = "/bin/sh"
+	}
 	var readers []*bufio.Reader
 	for _, output := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
 		r, w, err := os.Pipe()
@@ -622,6 +673,13 @@ func startUnread(t *testing.T) (p *process, stdout, log *bufio.Reader) {
 	t.Cleanup(func() { p.kill() })
 	started := readUntil(t, readers[1], "a draw every 1ms, a broadcast of the chain every 1h0m0s\n")
 	p.address = listening.FindStringSubmatch(started)[1]
+	if nonBlocking == afterStart {
+		sharing := exec.Command("sh", "-c", makeNonBlocking)
+		sharing.Stdout, sharing.Stderr = cmd.Stdout, cmd.Stderr
+		if err := sharing.Run(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	return p, readers[0], readers[1]
 }
 
@@ -656,6 +714,16 @@ func wantBlocks(t *testing.T, text []byte) int {
 		text = text[len(match[0]):]
 	}
 	return count
+}
+
+// wantLines checks that the text is whole lines of the log.
+func wantLines(t *testing.T, text string) {
+	t.Helper()
+	for _, line := range strings.SplitAfter(text, "\n") {
+		if line != "" && !regexp.MustCompile(`^20../../.. ..:..:.. [[:print:]]+\n$`).MatchString(line) {
+			t.Errorf("logged %q", line)
+		}
+	}
 }
 
 // The program goes on when nobody reads the blocks, as after | head.
