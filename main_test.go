@@ -607,7 +607,7 @@ func TestOutputsAreNonBlocking(t *testing.T) {
 			p, stdout, log := startUnread(t, nonBlocking)
 			const draws = 1000 // a pipe holds some 200 blocks and 400 lines of the log, the queues 2500
 			win(t, p, draws)
-			defer time.AfterFunc(waitLimit/4, func() { p.Process.Kill() }).Stop() // what is lost does not come
+			defer time.AfterFunc(waitLimit, func() { p.Process.Kill() }).Stop() // what is lost does not come
 			readTo := func(r *bufio.Reader, text string) (read string) {
 				for line, err := "", error(nil); err == nil && !strings.Contains(line, text); read += line {
 					line, err = r.ReadString('\n')
