@@ -162,36 +162,37 @@ heard() { grep -c '^winning validator: .*(you)' "$work/$1.out" || true; }
 heard_at_least() { (($(heard "$1") >= $2)); }
 drawn_at_least() { (($(drawn "$1") >= $2)); }
 
-# shown succeeds when the terminal has shown all blocks. Ctrl-C would make it discard the rest.
-shown() { (($(grep -c 'main[.]Block) {' "$work/ctrl-s.raw") == $(drawn ctrl-s) + 1)); }
+# shown WINDOW succeeds when it has shown all blocks. Ctrl-C would make it discard the rest.
+shown() { (($(grep -c 'main[.]Block) {' "$work/$1.raw") == $(drawn "$1") + 1)); }
 
-# A terminal that is stopped with Ctrl-S holds up nobody, and gets every block later.
+# stopped_terminal NAME COMMAND checks that a terminal that is stopped with Ctrl-S holds up
+# nobody, and gets every block later. The command shares the terminal.
 stopped_terminal() {
-	window ctrl-s "PORT=0 HOST=localhost ROUND_INTERVAL=20ms CHAIN_FILE= ./proof-of-stake 2>'$work/ctrl-s.log'"
-	soon 20 listening "$work/ctrl-s.log" >/dev/null || fail 'the server in a terminal does not start'
-	port=$(listening "$work/ctrl-s.log")
-	press ctrl-s C-s
+	window "$1" "{ until grep -q listening '$work/$1.log'; do sleep 0.1; done; $2; } & PORT=0 HOST=localhost ROUND_INTERVAL=20ms CHAIN_FILE= ./proof-of-stake 2>'$work/$1.log'"
+	soon 20 listening "$work/$1.log" >/dev/null || fail 'the server in a terminal does not start'
+	port=$(listening "$work/$1.log")
+	press "$1" C-s
 	local heard_so_far size
-	start ctrl-s-client "$(proposer ctrl-s 0.01)"
-	soon 30 heard_at_least ctrl-s-client 300 || fail 'draws stop when the terminal is stopped'
+	start "$1-client" "$(proposer "$1" 0.01)"
+	soon 30 heard_at_least "$1-client" 300 || fail 'draws stop when the terminal is stopped'
 	sleep 1
-	size=$(stat -c %s "$work/ctrl-s.raw")
+	size=$(stat -c %s "$work/$1.raw")
 	((size < 300 * 400)) || fail "Ctrl-S did not stop the terminal: $size bytes"
-	heard_so_far=$(heard ctrl-s-client)
-	soon 20 heard_at_least ctrl-s-client $((heard_so_far + 50)) || fail 'draws stop when the terminal is stopped'
-	press ctrl-s C-q
+	heard_so_far=$(heard "$1-client")
+	soon 20 heard_at_least "$1-client" $((heard_so_far + 50)) || fail 'draws stop when the terminal is stopped'
+	press "$1" C-q
 	kill -TERM -- "-$group"
 	sleep 1 # for the last draw
-	soon 20 shown || fail "not all of $(drawn ctrl-s) blocks and the first are shown"
-	press ctrl-s C-c
-	see ctrl-s '[$] *$'
-	grep -q 'shutting down' "$work/ctrl-s.log" || fail 'Ctrl-C did not stop the server'
-	! grep -q 'left out' "$work/ctrl-s.log" || fail 'blocks were left out'
+	soon 20 shown "$1" || fail "not all of $(drawn "$1") blocks and the first are shown"
+	press "$1" C-c
+	see "$1" '[$] *$'
+	grep -q 'shutting down' "$work/$1.log" || fail 'Ctrl-C did not stop the server'
+	! grep -q 'left out' "$work/$1.log" || fail 'blocks were left out'
 	# The command, the prompts and ^C are on the screen too; bash ends bracketed paste before the first block.
-	tr -d '\r' <"$work/ctrl-s.raw" | sed -n 's/^\x1b\[?2004l//; /^(main.Block) {/,/^}/p' >"$work/ctrl-s.blocks"
-	[[ $(whole "$work/ctrl-s.blocks") == $(($(drawn ctrl-s) + 1)) ]] ||
-		fail "of $(drawn ctrl-s) blocks and the first it printed: $(whole "$work/ctrl-s.blocks")"
-	pass "Ctrl-S holds up no draw; after Ctrl-Q all $(drawn ctrl-s) blocks are there, whole and in order"
+	tr -d '\r' <"$work/$1.raw" | sed -n 's/^\x1b\[?2004l//; /^(main.Block) {/,/^}/p' >"$work/$1.blocks"
+	[[ $(whole "$work/$1.blocks") == $(($(drawn "$1") + 1)) ]] ||
+		fail "of $(drawn "$1") blocks and the first it printed: $(whole "$work/$1.blocks")"
+	pass "$1 holds up no draw; after Ctrl-Q all $(drawn "$1") blocks are there, whole and in order"
 }
 
 # A less that shows its first screen holds up nobody. What is too much is counted.
@@ -223,6 +224,7 @@ sessions() {
 	plink_session
 	interrupt "$server"
 	typed
-	stopped_terminal
+	stopped_terminal Ctrl-S true
+	stopped_terminal non-blocking-Ctrl-S 'dd if=/dev/null oflag=nonblock status=none'
 	less_that_waits
 }
