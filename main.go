@@ -32,8 +32,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/joho/godotenv"
 
@@ -70,8 +68,7 @@ var envExample string
 
 func main() {
 	if len(os.Args) > 1 {
-		switch os.Args[1] {
-		case "-h", "-help", "--help":
+		if slices.Contains([]string{"-h", "-help", "--help"}, os.Args[1]) {
 			fmt.Print(usage, envExample)
 			return
 		}
@@ -109,30 +106,25 @@ func run(stdout io.Writer, logger *log.Logger) error {
 	if err != nil {
 		return err
 	}
-	logWarnings := func() {
-		for _, warning := range warnings {
-			logger.Print("warning: " + warning)
-		}
+	for _, warning := range warnings {
+		logger.Print("warning: " + warning)
 	}
 	listener, err := listen(set)
 	if err != nil {
-		logWarnings() // the fault may come from a .env.txt that is not read
-		return err
+		return listenError(set, err)
 	}
-	chain, err := openBlockchain(set.chainFile, set.broadcastBlocks, logger)
+	chain, err := openBlockchain(set.chainFile.value, set.broadcastBlocks, logger)
 	if err != nil {
-		logWarnings()
-		return chainFileError(set, err)
+		return set.chainFile.refuse(err)
 	}
 	ctx := untilSignal() // until here a signal kills: nothing else would end the wait for a name server or a disk
 	logListening(set, listener.Addr().(*net.TCPAddr), logger)
-	if set.chainFile == "" {
+	if set.chainFile.value == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
 	} else {
-		logger.Printf("the chain is in %q; blocks: %d", set.chainFile, chain.head.Index+1)
+		logger.Printf("the chain is in %q; blocks: %d", set.chainFile.value, chain.head.Index+1)
 	}
 	logger.Printf("a draw every %v, a broadcast of the chain every %v", set.roundInterval, set.broadcastInterval)
-	logWarnings()
 
 	lottery := newLottery(chain, stdout, logger)
 	lottery.roundInterval = set.roundInterval
@@ -157,7 +149,7 @@ func untilSignal() context.Context {
 // serve runs the lottery and the server until ctx is done or the chain is lost. Then the
 // server tells all clients at once, also while a block is being written. serve waits for
 // the disk and for the connections, but no longer than stopLimit.
-func serve(ctx context.Context, lottery *lottery, server *server, listener net.Listener) error {
+func serve(ctx context.Context, lottery *lottery, server *server, listener net.Listener) (err error) {
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
 	drawn := make(chan error, 1)
@@ -176,7 +168,6 @@ func serve(ctx context.Context, lottery *lottery, server *server, listener net.L
 	}
 	limit, cancel := context.WithTimeout(context.Background(), stopLimit)
 	defer cancel()
-	var err error
 	select {
 	case err = <-drawn:
 	case <-limit.Done():
@@ -189,71 +180,27 @@ func serve(ctx context.Context, lottery *lottery, server *server, listener net.L
 	return err
 }
 
-// chainFileError says that the chain's file cannot be used. Where the system refuses the
-// file, it also says where its name is from, and what to do.
-func chainFileError(set settings, err error) error {
-	var refused *fs.PathError
-	source, remedy := "", ""
-	if errors.As(err, &refused) || errors.Is(err, errNotRegular) {
-		source = set.chainFileSource
-	}
-	switch {
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
-		remedy = "; let the user who starts the server write the file and its directory, or choose another file: CHAIN_FILE=FILE"
-	case errors.Is(err, fs.ErrNotExist):
-		remedy = "; make the directory first, or choose another file: CHAIN_FILE=FILE"
-	}
-	return fmt.Errorf("cannot use %q for CHAIN_FILE%s: %w%s", set.chainFile, source, err, remedy)
-}
-
-// WSAEADDRINUSE and WSAEACCES; package syscall's EADDRINUSE and EACCES are other numbers there.
-const (
-	windowsEADDRINUSE = syscall.Errno(10048)
-	windowsEACCES     = syscall.Errno(10013)
-)
-
-// hostMust is what HOST must be.
-const hostMust = "a name or an address of this machine, or empty for all of them"
-
-// joinable reports whether a client can connect to the address: not if it is a multicast
-// address, or the broadcast address of all networks or of one to which this machine's
-// interfaces, whose addresses addrs are, belong.
-func joinable(ip netip.Addr, addrs []net.Addr) bool {
-	for _, addr := range addrs {
-		network, _ := netip.ParsePrefix(addr.String())
-		if ip.Is4() && network.Bits() < 31 && network.Contains(ip) && !network.Contains(ip.Next()) {
-			return false
-		}
-	}
-	return !ip.IsMulticast() && ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
-}
-
 // listen listens on the port of the host, and on IPv4 alone if that is an IPv4 address.
 func listen(set settings) (net.Listener, error) {
 	network := "tcp"
-	if addr, _ := netip.ParseAddr(set.host); addr.Unmap().Is4() {
+	if addr, _ := netip.ParseAddr(set.host.value); addr.Unmap().Is4() {
 		network = "tcp4"
 	}
-	listener, err := lineconn.Listen(network, net.JoinHostPort(set.host, strconv.Itoa(set.port)), lineconn.Timeout)
-	if err != nil {
-		return nil, listenError(set, err)
-	}
-	return listener, nil
+	return lineconn.Listen(network, net.JoinHostPort(set.host.value, strconv.Itoa(set.port)), lineconn.Timeout)
 }
 
 // listenError says why the server cannot listen. HOST can be at fault only if it is set.
 func listenError(set settings, err error) error {
-	other := 9100
-	if set.port == other {
-		other = 9200
-	}
 	switch {
-	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, windowsEADDRINUSE):
+	case errors.Is(err, syscall.EADDRINUSE), errors.Is(err, syscall.Errno(10048)): // the latter is Windows' WSAEADDRINUSE
+		other := 9100
+		if set.port == other {
+			other = 9200
+		}
 		return fmt.Errorf("cannot listen on port %d: it is in use; choose another: PORT=%d", set.port, other)
-	case errors.Is(err, syscall.EACCES), errors.Is(err, windowsEACCES): // it is reserved
-		return fmt.Errorf("cannot listen on port %d: %w; choose another: PORT=%d", set.port, err, other)
-	case set.host != "":
-		return fmt.Errorf("cannot listen on port %d with %q for HOST%s, which must be %s: %w", set.port, set.host, set.hostSource, hostMust, err)
+	case set.host.value != "":
+		return fmt.Errorf("cannot listen on port %d with %q for HOST%s, which must be a name or an address of this machine, or empty for all of them: %q",
+			set.port, set.host.value, set.host.source, err) // which may quote HOST
 	}
 	return fmt.Errorf("cannot listen on port %d: %w", set.port, err)
 }
@@ -262,10 +209,10 @@ func listenError(set settings, err error) error {
 // that is possible, from others.
 func logListening(set settings, address *net.TCPAddr, logger *log.Logger) {
 	host, setting := "localhost", ""
-	if set.host != "" {
-		setting = fmt.Sprintf("; HOST is %q%s", set.host, set.hostSource)
+	if set.host.value != "" {
+		setting = fmt.Sprintf("; HOST is %q%s", set.host.value, set.host.source)
 		if !address.IP.IsUnspecified() {
-			host = set.host
+			host = set.host.value
 		} else if address.IP.To4() != nil {
 			host = "127.0.0.1" // localhost may be ::1 alone
 		}
@@ -297,37 +244,35 @@ func reachable(ip net.IP, addrs []net.Addr) (hosts []string) {
 // settings are explained in .env.example.
 type settings struct {
 	port              int
-	host              string // without the brackets of an IPv6 address
-	hostSource        string // as readSettings has it
+	host              setting // without the brackets of an IPv6 address
 	roundInterval     time.Duration
 	broadcastInterval time.Duration
 	broadcastBlocks   int
-	chainFile         string
-	chainFileSource   string
+	chainFile         setting
 	maxValidators     int
 	maxStake          int // tokens
 }
 
-// visible reports whether value is UTF-8 in which each character shows and none drives a
-// terminal. The system's errors show HOST and CHAIN_FILE unquoted, and two names that look
-// alike would be two chains.
-func visible(value string) bool {
-	return utf8.ValidString(value) && !strings.ContainsFunc(value, func(r rune) bool { return !unicode.IsGraphic(r) })
+// A setting is the value of a key, and where it was set: empty, or in parentheses behind a blank.
+type setting struct{ key, value, source string }
+
+// refuse returns an error that says why the setting cannot be used. The value may drive a
+// terminal, so it is quoted; a fault of the file system would repeat it as it is.
+func (s setting) refuse(fault error) error {
+	var path *fs.PathError
+	if errors.As(fault, &path) {
+		fault = path.Err
+	}
+	return fmt.Errorf("cannot use %q for %s%s: %w", s.value, s.key, s.source, fault)
 }
 
 // readSettings takes each setting from the nearest place that has it: first the
 // environment, that is, whoever starts the server; then .env, which belongs to the
-// directory; then .env.example. A source says which it was, and is empty for the last. The
-// warnings are for the log. The error has one line for each fault.
-//
-// A value that godotenv would change is refused, but only of a setting that is used: the
-// rest of .env may belong to other programs.
+// directory; then .env.example. The warnings are for the log. The error has one line for
+// each fault.
 func readSettings() (set settings, warnings []string, err error) {
-	defaults, err := godotenv.Unmarshal(envExample)
-	if err != nil {
-		return settings{}, nil, fmt.Errorf(".env.example: %w", err)
-	}
-	values, changed, err := dotenv.Read(".env")
+	defaults, _ := godotenv.Unmarshal(envExample)
+	values, err := dotenv.Read(".env")
 	if errors.Is(err, fs.ErrNotExist) {
 		for _, name := range []string{".env.txt", ".env.text"} {
 			if _, err := os.Lstat(name); err == nil {
@@ -343,60 +288,44 @@ func readSettings() (set settings, warnings []string, err error) {
 		}
 	}
 
-	const fromEnvironment, fromDotenv = " (from the environment)", " (from .env)"
-	var faults []error
-	// get gives the value of the key to use, which reports whether it can be used, and
-	// returns its source. must says, after a fault, what the value must be.
-	get := func(key, must string, use func(value string) bool) (source string) {
-		value := defaults[key]
-		if v, ok := values[key]; ok {
-			value, source = v, fromDotenv
+	get := func(key string) setting {
+		if value, ok := os.LookupEnv(key); ok {
+			return setting{key, value, " (from the environment)"}
 		}
-		if v, ok := os.LookupEnv(key); ok {
-			value, source = v, fromEnvironment
+		if value, ok := values[key]; ok {
+			return setting{key, value, " (from .env)"}
 		}
-		if written, ok := changed[key]; ok && source == fromDotenv {
-			// Quoted for the terminal, and otherwise as it is in the file.
-			quoted := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strconv.Quote(written))
-			faults = append(faults, fmt.Errorf("cannot use %s for %s%s: %s; $, \\ and # have a meaning there, so put the value in single quotes to keep them", quoted, key, source, must))
-		} else if !use(value) || !visible(value) {
-			faults = append(faults, fmt.Errorf("cannot use %q for %s%s: %s", value, key, source, must))
-		}
-		return source
+		return setting{key, defaults[key], ""}
 	}
-	number := func(key string, low, high int) (n int) {
-		get(key, fmt.Sprintf("it must be a whole number from %d to %d", low, high), func(value string) bool {
-			var err error
-			n, err = strconv.Atoi(value)
-			return err == nil && low <= n && n <= high
-		})
+	var faults []error
+	number := func(key string, low, high int) int {
+		s := get(key)
+		n, err := strconv.Atoi(s.value)
+		if err != nil || n < low || n > high {
+			faults = append(faults, s.refuse(fmt.Errorf("it must be a whole number from %d to %d", low, high)))
+		}
 		return n
 	}
-	duration := func(key string) (d time.Duration) {
-		get(key, "it must be a duration of at least 1ms, such as 30s or 1m30s", func(value string) bool {
-			var err error
-			d, err = time.ParseDuration(value)
-			return err == nil && d >= time.Millisecond
-		})
+	duration := func(key string) time.Duration {
+		s := get(key)
+		d, err := time.ParseDuration(s.value)
+		if err != nil || d < time.Millisecond {
+			faults = append(faults, s.refuse(errors.New("it must be a duration of at least 1ms, such as 30s or 1m30s")))
+		}
 		return d
 	}
 	set.port = number("PORT", 0, 65535)
-	set.hostSource = get("HOST", "it must be "+hostMust+"; only an IPv6 address may have brackets, and a multicast or broadcast address cannot be joined", func(value string) bool {
-		set.host = value
-		if strings.HasPrefix(value, "[") && strings.HasSuffix(value, "]") {
-			set.host = value[1 : len(value)-1]
+	set.host = get("HOST")
+	if s := set.host; strings.HasPrefix(s.value, "[") && strings.HasSuffix(s.value, "]") {
+		set.host.value = s.value[1 : len(s.value)-1]
+		if ip, _ := netip.ParseAddr(set.host.value); !ip.Is6() {
+			faults = append(faults, s.refuse(errors.New("it must be a name or an address of this machine; only an IPv6 address may have brackets")))
 		}
-		ip, _ := netip.ParseAddr(set.host)
-		addrs, _ := net.InterfaceAddrs() // without them, its broadcast addresses are not known
-		return joinable(ip.Unmap(), addrs) && (ip.Is6() || set.host == value)
-	})
+	}
 	set.roundInterval = duration("ROUND_INTERVAL")
 	set.broadcastInterval = duration("BROADCAST_INTERVAL")
 	set.broadcastBlocks = number("BROADCAST_BLOCKS", 0, math.MaxInt)
-	set.chainFileSource = get("CHAIN_FILE", "it must be a file name of visible characters and blanks, or empty", func(value string) bool {
-		set.chainFile = value
-		return true
-	})
+	set.chainFile = get("CHAIN_FILE")
 	set.maxValidators = number("MAX_VALIDATORS", 1, 1_000_000)
 	set.maxStake = number("MAX_STAKE", 1, maxStake)
 	return set, warnings, errors.Join(faults...)
