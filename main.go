@@ -8,9 +8,9 @@
 // It takes no arguments but -h. Its settings come from the environment, then from the
 // file .env in the working directory, then from .env.example, which is compiled
 // in. The blocks of the chain go to standard output as they join it, the log to
-// standard error. It stops on SIGINT and SIGTERM with exit status 0, and with 1
-// after a fault that it cannot work around. During the start, and for the second time,
-// these signals kill it.
+// standard error. It stops on SIGINT, SIGTERM and SIGHUP with exit status 0, and with 1
+// after a fault that it cannot work around. During the start these signals kill it, and
+// while it stops, SIGINT and SIGTERM do.
 package main
 
 import (
@@ -117,7 +117,14 @@ func run(stdout io.Writer, logger *log.Logger) error {
 	if err != nil {
 		return set.chainFile.refuse(err)
 	}
-	ctx := untilSignal() // until here a signal kills: nothing else would end the wait for a name server or a disk
+	// Until here a signal kills: nothing else would end the wait for a name server or a disk.
+	signals := slices.DeleteFunc([]os.Signal{os.Interrupt, syscall.SIGHUP}, signal.Ignored) // as by & in a script, and by nohup
+	ctx, stop := signal.NotifyContext(context.Background(), append(signals, syscall.SIGTERM)...)
+	context.AfterFunc(ctx, func() {
+		// A closed window sends SIGHUP twice; Ignore would let the second kill while it takes effect.
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+		stop() // any other signal kills now
+	})
 	logListening(set, listener.Addr().(*net.TCPAddr), logger)
 	if set.chainFile.value == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
@@ -132,18 +139,6 @@ func run(stdout io.Writer, logger *log.Logger) error {
 	server := newServer(lottery, set.maxValidators, logger)
 	server.maxStake = set.maxStake
 	return serve(ctx, lottery, server, listener)
-}
-
-// untilSignal returns a context that is done when the user stops the server. Before it is
-// called, and once the context is done, a signal kills the process.
-func untilSignal() context.Context {
-	signals := []os.Signal{syscall.SIGTERM}
-	if !signal.Ignored(os.Interrupt) { // as a script's shell has it for what it starts with &
-		signals = append(signals, os.Interrupt)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop)
-	return ctx
 }
 
 // serve runs the lottery and the server until ctx is done or the chain is lost. Then the

@@ -37,8 +37,10 @@ import (
 func TestMain(m *testing.M) {
 	run := map[string]func(){"the program": main, "bare": bareServer}[os.Getenv("TEST_BINARY_IS")]
 	if run == nil {
-		if signal.Ignored(os.Interrupt) { // as after & in a script; the program is not to inherit that
-			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+		for _, s := range []os.Signal{os.Interrupt, syscall.SIGHUP} {
+			if signal.Ignored(s) { // as by & in a script, or by nohup; the program is not to inherit that
+				signal.Notify(make(chan os.Signal, 1), s)
+			}
 		}
 		os.Exit(m.Run())
 	}
@@ -437,6 +439,43 @@ func TestSecondInterrupt(t *testing.T) {
 	p.Wait()
 	if status := p.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != syscall.SIGINT {
 		t.Errorf("it ended with %v, want by the signal", p.ProcessState)
+	}
+}
+
+// When its terminal is closed the program stops as by SIGTERM, however often it hears of it.
+func TestHangup(t *testing.T) {
+	t.Parallel()
+	p := start(t, "CHAIN_FILE=")
+	c := p.dial(t)
+	readUntil(t, c, "Enter token balance:")
+	p.Process.Signal(syscall.SIGHUP)
+	readUntil(t, c, "\nserver shutting down\n") // and now it waits for the client to close
+	go func() {
+		for p.Process.Signal(syscall.SIGHUP) == nil {
+			<-time.After(10 * time.Millisecond)
+		}
+	}()
+	if err := p.Wait(); err != nil {
+		t.Errorf("after SIGHUP: %v, want exit status 0", err)
+	}
+}
+
+// What nohup starts goes on when its terminal is closed, and stops on SIGTERM.
+func TestNohup(t *testing.T) {
+	t.Parallel()
+	nohup, err := exec.LookPath("nohup")
+	if err != nil {
+		t.Skip(err)
+	}
+	cmd := program(t, "CHAIN_FILE=", "ROUND_INTERVAL=50ms")
+	cmd.Args = []string{"nohup", cmd.Path}
+	cmd.Path = nohup
+	p := startCommand(t, cmd)
+	p.Process.Signal(syscall.SIGHUP)
+	win(t, p, 10)
+	p.Process.Signal(syscall.SIGTERM)
+	if err := p.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v, want exit status 0", err)
 	}
 }
 
