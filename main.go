@@ -125,7 +125,7 @@ func run(stdout io.Writer, logger *log.Logger) error {
 		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 		stop() // any other signal kills now
 	})
-	logListening(set, listener.Addr().(*net.TCPAddr), logger)
+	logListening(set, listener.Addr().(*net.TCPAddr).AddrPort(), logger)
 	if set.chainFile.value == "" {
 		logger.Print("the chain is in memory only, since CHAIN_FILE is empty")
 	} else {
@@ -202,38 +202,38 @@ func listenError(set settings, err error) error {
 
 // logListening logs the address listened on, and how to join: from this machine and, if
 // that is possible, from others.
-func logListening(set settings, address *net.TCPAddr, logger *log.Logger) {
-	host, setting := "localhost", ""
+func logListening(set settings, address netip.AddrPort, logger *log.Logger) {
+	host, setting := address.Addr().String(), "" // no name, since not every client tries all its addresses
+	switch host {
+	case "0.0.0.0":
+		host = "127.0.0.1"
+	case "::":
+		host = "localhost"
+	}
 	if set.host.value != "" {
 		setting = fmt.Sprintf("; HOST is %q%s", set.host.value, set.host.source)
-		if !address.IP.IsUnspecified() {
-			host = set.host.value
-		} else if address.IP.To4() != nil {
-			host = "127.0.0.1" // localhost may be ::1 alone
-		}
 	}
-	logger.Printf("listening on %v; join with: nc %s %d%s", address, host, address.Port, setting)
+	logger.Printf("listening on %v; join with: nc %s %d%s", address, host, address.Port(), setting)
 	addrs, _ := net.InterfaceAddrs() // without them, nothing is said of other machines
-	for _, host := range reachable(address.IP, addrs) {
-		logger.Printf("from other machines: nc %s %d", host, address.Port)
+	for _, host := range reachable(address.Addr(), addrs) {
+		logger.Printf("from other machines: nc %v %d", host, address.Port())
 	}
 }
 
-// reachable returns the addresses at which other machines reach a server that listens on
-// ip: that one, or the IPv4 addresses among addrs, which are those of this machine's
-// interfaces, but no more than five, if the server listens on all.
-func reachable(ip net.IP, addrs []net.Addr) (hosts []string) {
-	if !ip.IsUnspecified() {
-		addrs = []net.Addr{&net.IPNet{IP: ip}}
-	}
+// reachable returns those of addrs, the addresses of this machine's interfaces, at which
+// other machines reach a server that listens on ip: ip alone or, if that is unspecified, at
+// most five, IPv4 if there are any.
+func reachable(ip netip.Addr, addrs []net.Addr) (hosts []netip.Addr) {
 	for _, addr := range addrs {
-		network, ok := addr.(*net.IPNet)
-		if !ok || !network.IP.IsGlobalUnicast() || ip.IsUnspecified() && network.IP.To4() == nil || len(hosts) == 5 {
-			continue
+		prefix, _ := netip.ParsePrefix(addr.String())
+		if host := prefix.Addr(); host.IsGlobalUnicast() && (host == ip || ip.IsUnspecified()) {
+			hosts = append(hosts, host)
 		}
-		hosts = append(hosts, network.IP.String())
 	}
-	return hosts
+	if ip.Is4() || slices.ContainsFunc(hosts, netip.Addr.Is4) {
+		hosts = slices.DeleteFunc(hosts, netip.Addr.Is6)
+	}
+	return hosts[:min(len(hosts), 5)]
 }
 
 // settings are explained in .env.example.

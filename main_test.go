@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -81,7 +82,7 @@ type process struct {
 }
 
 // localhost may be 127.0.0.1 or ::1.
-var listening = regexp.MustCompile(`listening on (\S+:[0-9]+); join with: nc localhost [0-9]+`)
+var listening = regexp.MustCompile(`listening on (\S+:[0-9]+); join with: nc \S+ [0-9]+`)
 
 // waitLimit bounds what a test waits for the program, so that none hangs. It leaves room for
 // a machine that is busy with something else.
@@ -1392,7 +1393,7 @@ func TestMisnamedDotenv(t *testing.T) {
 }
 
 // HOST takes an IPv6 address with or without brackets; on an IPv4 address it is listened
-// with IPv4 alone; the log says where HOST is from and how to join.
+// with IPv4 alone; the log says where HOST is from, and joins by the address listened on.
 func TestHost(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ setting, want string }{ // %d is the port
@@ -1400,7 +1401,8 @@ func TestHost(t *testing.T) {
 		{"0.0.0.0", "listening on 0.0.0.0:%d; join with: nc 127.0.0.1 %d; HOST is \"0.0.0.0\" (from .env)\n"},
 		{"::", "listening on [::]:%d; join with: nc localhost %d; HOST is \"::\" (from .env)\n"},
 		{"127.0.0.1", "listening on 127.0.0.1:%d; join with: nc 127.0.0.1 %d; HOST is \"127.0.0.1\" (from .env)\n"},
-		{"::ffff:127.0.0.1", "listening on 127.0.0.1:%d; join with: nc ::ffff:127.0.0.1 %d; HOST is \"::ffff:127.0.0.1\" (from .env)\n"},
+		{"::ffff:127.0.0.1", "listening on 127.0.0.1:%d; join with: nc 127.0.0.1 %d; HOST is \"::ffff:127.0.0.1\" (from .env)\n"},
+		{"localhost", "listening on 127.0.0.1:%d; join with: nc 127.0.0.1 %d; HOST is \"localhost\" (from .env)\n"},
 		{"::1", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
 		{"[::1]", "listening on [::1]:%d; join with: nc ::1 %d; HOST is \"::1\" (from .env)\n"},
 	} {
@@ -1412,6 +1414,9 @@ func TestHost(t *testing.T) {
 					t.Skip(err)
 				}
 				listener.Close()
+			}
+			if addr, _ := net.ResolveIPAddr("ip", "localhost"); test.setting == "localhost" && addr.String() != "127.0.0.1" {
+				t.Skipf("localhost is %v", addr)
 			}
 			cmd := program(t, "PORT=0", "CHAIN_FILE=")
 			writeFile(t, filepath.Join(cmd.Dir, ".env"), []byte("HOST="+test.setting+"\n"))
@@ -1434,12 +1439,9 @@ func TestHost(t *testing.T) {
 			}
 			others := readUntil(t, log, "the chain is in memory only")
 			commands := regexp.MustCompile(`from other machines: nc (\S+) (\d+)\n`).FindAllStringSubmatch(others, -1)
-			if strings.Contains(line, "on 127.0.0.1:") || strings.Contains(line, "on [::1]:") {
-				if commands != nil {
-					t.Errorf("on loopback it logged %s", others)
-				}
-			} else if addrs, _ := net.InterfaceAddrs(); len(commands) != len(reachable(net.IPv4zero, addrs)) {
-				t.Errorf("logged %s", others)
+			address := netip.MustParseAddrPort(regexp.MustCompile(`listening on ([^;]+);`).FindStringSubmatch(line)[1])
+			if addrs, _ := net.InterfaceAddrs(); len(commands) != len(reachable(address.Addr(), addrs)) || address.Addr().IsLoopback() && commands != nil {
+				t.Errorf("listening on %v it logged %s", address, others)
 			}
 			for _, command := range append(commands, command) {
 				conn, err := net.Dial("tcp", net.JoinHostPort(command[1], command[2]))
@@ -1478,21 +1480,25 @@ func TestReachable(t *testing.T) {
 		addrs     string // of the interfaces
 		want      string
 	}{
-		{"::", "127.0.0.1/8 ::1/128 192.168.1.20/24 fe80::1/64 fd00::1/64 169.254.3.4/16 203.0.113.9/24", "192.168.1.20 203.0.113.9"},
-		{"0.0.0.0", "127.0.0.1/8 10.0.0.1/8", "10.0.0.1"},
-		{"::", "127.0.0.1/8", ""},
-		{"::", "10.0.0.1/8 10.0.0.2/8 10.0.0.3/8 10.0.0.4/8 10.0.0.5/8 10.0.0.6/8", "10.0.0.1 10.0.0.2 10.0.0.3 10.0.0.4 10.0.0.5"},
-		{"192.168.1.20", "192.168.1.20/24 10.0.0.1/8", "192.168.1.20"},
-		{"fd00::1", "192.168.1.20/24 fd00::1/64", "fd00::1"},
-		{"127.0.0.1", "127.0.0.1/8 10.0.0.1/8", ""},
-		{"127.0.1.1", "127.0.0.1/8 10.0.0.1/8", ""},
-		{"::1", "::1/128 10.0.0.1/8", ""},
-		{"169.254.3.4", "169.254.3.4/16 10.0.0.1/8", ""},
-		{"fe80::1", "fe80::1/64 10.0.0.1/8", ""},
+		{"::", "127.0.0.1/8 ::1/128 2001:db8::1/64 192.168.1.20/24 fe80::1/64 fd00::1/64 169.254.3.4/16 203.0.113.9/24", "[192.168.1.20 203.0.113.9]"},
+		{"::", "127.0.0.1/8 ::1/128 fe80::1/64 fd00::1/64 169.254.3.4/16 2001:db8::1/64", "[fd00::1 2001:db8::1]"},
+		{"::", "fd00::1/64 fd00::2/64 fd00::3/64 fd00::4/64 fd00::5/64 fd00::6/64", "[fd00::1 fd00::2 fd00::3 fd00::4 fd00::5]"},
+		{"::", "fd00::1/64 fd00::2/64 fd00::3/64 fd00::4/64 fd00::5/64 fd00::6/64 10.0.0.1/8", "[10.0.0.1]"},
+		{"0.0.0.0", "127.0.0.1/8 10.0.0.1/8", "[10.0.0.1]"},
+		{"0.0.0.0", "127.0.0.1/8 fd00::1/64", "[]"},
+		{"::", "127.0.0.1/8", "[]"},
+		{"::", "10.0.0.1/8 10.0.0.2/8 10.0.0.3/8 10.0.0.4/8 10.0.0.5/8 10.0.0.6/8", "[10.0.0.1 10.0.0.2 10.0.0.3 10.0.0.4 10.0.0.5]"},
+		{"192.168.1.20", "192.168.1.20/24 10.0.0.1/8", "[192.168.1.20]"},
+		{"fd00::1", "192.168.1.20/24 fd00::1/64", "[fd00::1]"},
+		{"127.0.0.1", "127.0.0.1/8 10.0.0.1/8", "[]"},
+		{"127.0.1.1", "127.0.0.1/8 10.0.0.1/8", "[]"},
+		{"::1", "::1/128 10.0.0.1/8", "[]"},
+		{"169.254.3.4", "169.254.3.4/16 10.0.0.1/8", "[]"},
+		{"fe80::1%eth0", "fe80::1/64 10.0.0.1/8", "[]"},
 	} {
 		addrs := parseAddrs(t, test.addrs)
-		if got := strings.Join(reachable(net.ParseIP(test.listening), addrs), " "); got != test.want {
-			t.Errorf("listening on %s with %s: %q, want %q", test.listening, test.addrs, got, test.want)
+		if got := fmt.Sprint(reachable(netip.MustParseAddr(test.listening), addrs)); got != test.want {
+			t.Errorf("listening on %s with %s: %s, want %s", test.listening, test.addrs, got, test.want)
 		}
 	}
 }
