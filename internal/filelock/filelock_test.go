@@ -5,6 +5,7 @@ package filelock
 import (
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 )
 
@@ -49,15 +50,29 @@ func TestTryLock(t *testing.T) {
 	}
 }
 
-// A file without locks can be used all the same. A closed file stands for one on
-// a file system that has none: the system call fails, but not because of a lock.
-func TestTryLockWithoutLocks(t *testing.T) {
+// A file without locks can be used all the same, but not one that is locked elsewhere: on
+// an SMB share flock says EACCES for that.
+func TestNoLocks(t *testing.T) {
+	for _, err := range []error{syscall.ENOLCK, syscall.ENOSYS, syscall.EINVAL, syscall.EOPNOTSUPP, syscall.ENOTSUP} {
+		if !noLocks(err) {
+			t.Errorf("with %v the file cannot be used", err)
+		}
+	}
+	for _, err := range []error{syscall.EACCES, syscall.EAGAIN, syscall.EWOULDBLOCK, syscall.EBADF, syscall.EIO, syscall.ESTALE, syscall.EPERM} {
+		if noLocks(err) {
+			t.Errorf("with %v the file can be used", err)
+		}
+	}
+}
+
+// Whatever else flock says, the file is not used: it may be locked.
+func TestTryLockFails(t *testing.T) {
 	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	file.Close()
-	if !TryLock(file) {
-		t.Error("a file without locks cannot be used")
+	if TryLock(file) {
+		t.Error("a closed file can be locked")
 	}
 }

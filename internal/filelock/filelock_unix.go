@@ -3,6 +3,7 @@
 package filelock
 
 import (
+	"errors"
 	"os"
 	"syscall"
 )
@@ -11,7 +12,13 @@ func tryLock(file *os.File) bool {
 	for {
 		err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		if err != syscall.EINTR {
-			return err != syscall.EWOULDBLOCK
+			return err == nil || noLocks(err)
 		}
 	}
+}
+
+// noLocks reports whether the error of flock says that there are no locks. ErrUnsupported
+// is ENOSYS, ENOTSUP and EOPNOTSUPP.
+func noLocks(err error) bool {
+	return err == syscall.ENOLCK || err == syscall.EINVAL || errors.Is(err, errors.ErrUnsupported)
 }
