@@ -1,7 +1,12 @@
-# Without it, go fails in a checkout that belongs to another user.
-NOVCS := -buildvcs=false
-# Not every system has the race detector.
-RACE = $(shell go list $(NOVCS) -race . >/dev/null 2>&1 && echo -race)
+# Whatever the environment says, this checkout alone is built, for this machine. Without
+# -buildvcs=false, go fails in a checkout that belongs to another user.
+export GOWORK := off
+export GO111MODULE := on
+export GOFLAGS := -buildvcs=false
+export GOOS := $(shell go env GOHOSTOS)
+export GOARCH := $(shell go env GOHOSTARCH)
+# Not every system has the race detector. (Before make 4.4, a shell here has none of the above.)
+RACE = $(shell GOWORK=off GO111MODULE=on GOFLAGS="$(GOFLAGS)" GOOS=$(GOOS) GOARCH=$(GOARCH) go list -race . >/dev/null 2>&1 && echo -race)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME := 1m
 
@@ -19,7 +24,7 @@ run: build
 	@./proof-of-stake
 
 build:
-	@go build $(NOVCS) .
+	@go build .
 
 test:
 	go test $(RACE) -timeout 5m -p 4 -parallel 8 ./...
@@ -39,7 +44,7 @@ bench:
 	go test -run '^$$' -bench . -timeout 1h ./...
 
 fuzz:
-	@for package in $$(go list $(NOVCS) ./...); do \
+	@for package in $$(go list ./...); do \
 		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz'); do \
 			echo "go test -fuzz $$target $$package" && \
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x $$package || exit 1; \
