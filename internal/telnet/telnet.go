@@ -1,6 +1,8 @@
 // Package telnet turns what terminals send into the lines that people meant to type. It
 // knows the line ends, the keys that erase, the escape sequences of other keys, and
-// telnet's commands. It answers no command, so telnet clients keep their defaults.
+// telnet's commands. It agrees to no option, so telnet clients keep their defaults. The one
+// command to be answered asks for a timing mark (RFC 860), since some clients throw away
+// all output until they have the answer.
 //
 // The input passes two layers. The lower one takes out telnet's commands (RFC 854, and RFC
 // 855 for subnegotiations); those that stand for a key become its control character. The
@@ -13,8 +15,8 @@ import "unicode/utf8"
 // A Filter turns the bytes that a client sends into lines. Its zero value is ready to
 // use. It keeps its place in a command and in an escape sequence, but no text.
 type Filter struct {
-	command commandState // of the lower layer
-	escape  escapeState  // of the upper layer
+	command byte        // of the lower layer: IAC, or after it SB, WILL, WONT, DO or DONT; 0 outside of commands
+	escape  escapeState // of the upper layer
 	crlf    bool
 }
 
@@ -27,11 +29,15 @@ type End byte
 
 const (
 	None       End = iota // the input is used up; the line goes on
+	TimingMark            // telnet's DO TIMING-MARK, which WontTimingMark answers; the line goes on
 	LineEnd               // Enter
 	TooLong               // the line holds more bytes than the limit
 	EndOfInput            // Ctrl-D: the line is the last one
 	Interrupt             // Ctrl-C, or telnet's IP or BRK: the line does not count
 )
+
+// WontTimingMark is the answer to TimingMark: IAC WONT TIMING-MARK.
+const WontTimingMark = "\xff\xfc\x06"
 
 const (
 	nul   = 0x00
@@ -44,11 +50,11 @@ const (
 	del   = 0x7f
 )
 
-// Next reads the input up to the byte that ends the line, or all of it, and returns the
-// line's text and what is left of the input. The line is what the call before has returned if
-// that ended with None, otherwise empty; Next appends to it and erases from it. It is too
-// long as soon as it holds limit+1 bytes. After TooLong, EndOfInput and Interrupt the input
-// is over: Next must not be called again.
+// Next reads the input up to the next End, and returns the line's text and what is left of
+// the input. The line is what the call before has returned if that ended with None or
+// TimingMark, otherwise empty; Next appends to it and erases from it. It is too long as soon
+// as it holds limit+1 bytes. After TooLong, EndOfInput and Interrupt the input is over: Next
+// must not be called again.
 //
 // Line and input may share an array in which the line ends where the input begins, or
 // before: Next never appends more bytes than it has read.
@@ -56,7 +62,11 @@ func (f *Filter) Next(line, input []byte, limit int) (text, rest []byte, end End
 	for len(input) > 0 {
 		b := input[0]
 		input = input[1:]
-		if f.command != noCommand || b == iac {
+		if f.command != 0 || b == iac {
+			if f.command == do && b == timingMark {
+				f.command = 0
+				return line, input, TimingMark
+			}
 			var ok bool
 			if b, ok = f.decode(b); !ok {
 				continue
@@ -66,7 +76,6 @@ func (f *Filter) Next(line, input []byte, limit int) (text, rest []byte, end End
 			continue
 		}
 		switch b {
-		case nul:
 		case '\n':
 			return line, input, LineEnd
 		case '\r':
@@ -85,6 +94,9 @@ func (f *Filter) Next(line, input []byte, limit int) (text, rest []byte, end End
 		case esc:
 			f.escape = afterESC
 		default:
+			if b < ' ' && b != '\t' {
+				continue // other control characters do nothing
+			}
 			line = append(line, b)
 			n := printable(input[:min(len(input), limit+1-len(line))]) // several times as fast as one by one
 			line = append(line, input[:n]...)
@@ -107,37 +119,29 @@ func printable(p []byte) int {
 	return len(p)
 }
 
-// A commandState says where in a telnet command the input is.
-type commandState byte
-
 const (
-	noCommand        commandState = iota
-	afterIAC                      // IAC
-	afterWILL                     // IAC WILL, WONT, DO or DONT
-	inSubnegotiation              // IAC SB and any bytes
-	afterSubIAC                   // the same, and IAC
-)
+	se  = 240 // end of subnegotiation
+	brk = 243 // break
+	ip  = 244 // interrupt process
+	ec  = 247 // erase character
+	el  = 248 // erase line
+	sb  = 250 // subnegotiation; anything follows, then IAC SE
+	do  = 253 // an option follows, as after WILL (251), WONT and DONT
+	iac = 255 // interpret as command
 
-const (
-	se   = 240 // end of subnegotiation
-	brk  = 243 // break
-	ip   = 244 // interrupt process
-	ec   = 247 // erase character
-	el   = 248 // erase line
-	sb   = 250 // subnegotiation
-	will = 251 // the first of WILL, WONT, DO and DONT; one more byte follows them
-	iac  = 255 // interpret as command
+	timingMark = 6 // an option
+	subIAC     = 1 // no command: what Filter.command is after SB and IAC
 )
 
 // decode takes the bytes of a command, from IAC on. It returns the byte that a command
 // stands for, if it stands for one and b completes it.
 func (f *Filter) decode(b byte) (decoded byte, ok bool) {
-	state := f.command
-	f.command = noCommand
-	switch state {
-	case noCommand:
-		f.command = afterIAC
-	case afterIAC:
+	command := f.command
+	f.command = 0
+	switch command {
+	case 0:
+		f.command = iac
+	case iac:
 		if b == iac { // no command but the byte itself
 			return iac, true
 		}
@@ -149,19 +153,17 @@ func (f *Filter) decode(b byte) (decoded byte, ok bool) {
 			return ctrlU, true
 		case b == ip, b == brk:
 			return ctrlC, true
-		case b == sb:
-			f.command = inSubnegotiation
-		case b >= will:
-			f.command = afterWILL
+		case b >= sb: // SB, WILL, WONT, DO or DONT
+			f.command = b
 		}
-	case inSubnegotiation:
-		f.command = inSubnegotiation
+	case sb:
+		f.command = sb
 		if b == iac {
-			f.command = afterSubIAC
+			f.command = subIAC
 		}
-	case afterSubIAC:
+	case subIAC:
 		if b != se {
-			f.command = inSubnegotiation
+			f.command = sb
 		}
 	}
 	return 0, false
@@ -190,7 +192,7 @@ func (f *Filter) ignore(b byte) bool {
 	switch {
 	case state == afterCR:
 		return b == '\n' || b == nul
-	case b < ' ': // ends any sequence
+	case b < ' ', b == del, state == afterESC && '0' <= b && b <= '9': // ends any sequence
 		return false
 	case state == afterESC && b == '[':
 		f.escape = afterCSI

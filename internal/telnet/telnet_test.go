@@ -23,7 +23,7 @@ type event struct {
 
 // String shows the event as the text and its end, which of a line is \n or \r\n as CRLF has it.
 func (e event) String() string {
-	ends := []string{"", "\n", "<too long>", "<end of input>", "<interrupt>"}
+	ends := []string{"", "<timing mark>", "\n", "<too long>", "<end of input>", "<interrupt>"}
 	if e.end == LineEnd && e.crlf {
 		return e.text + "\r\n"
 	}
@@ -67,6 +67,8 @@ func play(t *testing.T, limit int, parts ...[]byte) (events []event) {
 				}
 				if end != None {
 					events = append(events, event{string(line), end, read, f.CRLF()})
+				}
+				if end == LineEnd {
 					line = buffer[:0]
 				}
 				if end > LineEnd {
@@ -86,7 +88,8 @@ var (
 		`\x{ff}(?:.|$)|` +
 		`.`)
 
-	character = `(?:[\x{f0}-\x{f4}][\x{80}-\x{bf}]{0,3}|[\x{e0}-\x{ef}][\x{80}-\x{bf}]{0,2}|[\x{c2}-\x{df}][\x{80}-\x{bf}]?|[^\x00-\x1f])`
+	// Neither a control byte nor a digit ends an escape sequence as its last character.
+	character = `(?:[\x{f0}-\x{f4}][\x{80}-\x{bf}]{0,3}|[\x{e0}-\x{ef}][\x{80}-\x{bf}]{0,2}|[\x{c2}-\x{df}][\x{80}-\x{bf}]?|[^\x00-\x1f\x7f0-9])`
 	keys      = regexp.MustCompile(`(?s)\r[\n\x00]?|` +
 		`\x1b\[\[?[\x20-\x3f]*[\x40-\x7e]?|` +
 		`\x1bO[0-9]*` + character + `?|` +
@@ -122,9 +125,10 @@ func needsCRLF(sent []byte) bool {
 
 // oracle returns the events that the input must give.
 func oracle(limit int, sent []byte) (events []event) {
-	text := ""     // the input without commands
-	var ends []int // where in the input each byte of the text ends
-	end := 0       // of a match
+	text := ""      // the input without commands
+	var ends []int  // where in the input each byte of the text ends
+	var marks []int // where in the input each timing mark ends
+	end := 0        // of a match
 	for _, match := range commands.FindAllString(runes(sent), -1) {
 		end += len([]rune(match))
 		switch {
@@ -137,6 +141,9 @@ func oracle(limit int, sent []byte) (events []event) {
 			match = "\x15"
 		case match == "\u00ff\u00f4", match == "\u00ff\u00f3":
 			match = "\x03"
+		case match == "\u00ff\u00fd\x06":
+			marks = append(marks, end)
+			continue
 		default:
 			continue
 		}
@@ -147,12 +154,18 @@ func oracle(limit int, sent []byte) (events []event) {
 	line := ""
 	add := func(end End, read int) {
 		events = append(events, event{string(inBytes(line)), end, read, needsCRLF(sent[:read])})
-		line = ""
+	}
+	addMarks := func(read int) {
+		for len(marks) > 0 && marks[0] < read {
+			add(TimingMark, marks[0])
+			marks = marks[1:]
+		}
 	}
 	at := 0
 	for _, match := range keys.FindAllString(text, -1) {
 		read := ends[at]
 		at += len([]rune(match))
+		addMarks(read)
 		switch match {
 		case "\x03":
 			add(Interrupt, read)
@@ -170,10 +183,10 @@ func oracle(limit int, sent []byte) (events []event) {
 			line = string([]rune(line)[:last])
 		case "\n", "\r", "\r\n", "\r\x00":
 			add(LineEnd, read)
-		case "\x00":
+			line = ""
 		default:
-			if match[0] == '\x1b' {
-				break
+			if match[0] < ' ' && match != "\t" {
+				break // an escape sequence, or a control byte that does nothing
 			}
 			line += match
 			if len([]rune(line)) > limit {
@@ -182,6 +195,7 @@ func oracle(limit int, sent []byte) (events []event) {
 			}
 		}
 	}
+	addMarks(len(sent) + 1)
 	add(None, len(sent))
 	return events
 }
@@ -235,6 +249,11 @@ func TestNext(t *testing.T) {
 		{"1\r\x1b\n2\r\xff\xf7\n3", "1\r\n\r\n2\r\n\r\n3"},
 		{"\x007\x00\x002\x00\n\x00", "72\n"},
 
+		// Control characters that do nothing, and Tab.
+		{"\x01\x02\x05\x06\a7\v\f\x0e\x0f\x10\x11\x12\x13\x14\x162\x18\x19\x1a\x1c\x1d\x1e\x1f\n", "72\n"},
+		{"\t7\t2\x01\t\b3\x1a\n", "\t7\t23\n"},
+		{"7\x1b[\x012\x1bO\x1a3\x1b\t\x1b\xe2\x05\x824\r\x01\n", "723\t\x824\r\n\r\n"},
+
 		// Erasing.
 		{"73\b2\n", "72\n"},
 		{"73\x7f2\n", "72\n"},
@@ -248,8 +267,10 @@ func TestNext(t *testing.T) {
 		// Escape sequences.
 		{"7\x1b[A2\x1b[15~\x1b[1;5D\x1b[[A\x1b[ ?@\n", "72\n"},
 		{"7\x1b[[[2\x1b[[~\x1b[[1[\x1b[1[[\n", "72[\n"},
-		{"7\x1bOA\x1bO1;2\x1bO12\x1b\n\x1bO\x7f\x1bO[\x1bO3é3\n", "72\n3\n"},
-		{"7\x1bé\x1b€2\x1b\U0001f600\x1b\x7f\x1ba\x1b \n", "72\n"},
+		{"7\x1bOA\x1bO1;2\x1bO12\x1b\n\x1bO[\x1bO3é3\n", "72\n3\n"},
+		{"7\x1bé\x1b€2\x1b\U0001f600\x1ba\x1b \x1b/\x1b:\n", "72\n"},
+		{"9\x1b\x7f79\x1b[\x7f28\x1b[1\x7f39\x1bO\x7f\x1bO1\x7f4é\x1b\xf0\x9f\x7f5\x1b\x7f\x7f\n", "72\n"}, // Backspace after Esc
+		{"\x1b0\x1b9\x1b5A\x1b1;2\n\x1b72\n", "095A1;2\n72\n"},                                             // a number after Esc
 		{"\x1b\x801\x1b\xc02\x1b\xf53\x1b\xff\xff4\x1b\xc2\xc25\x1b\xe2\x826\x1b\xf0\x9f\x987\n", "1234\xc2567\n"},
 		{"\x1b[7\x7f2\x1b[é3\x1b[1\x7f\x1b[\xff\xff\n", "2é\xff\n"},
 		{"72\x1b\n73\x1b[\n74\x1b[1\r75\x1bO\n76\x1bO1\n77\x1bé\x1b\xe2\n", "72\n73\n74\r\n75\r\n76\r\n77\r\n"}, // Enter after Esc
@@ -269,13 +290,29 @@ func TestNext(t *testing.T) {
 		// Telnet's commands.
 		{"\xff\xfb\x1f\xff\xfb\x20\xff\xfb\x18\xff\xfb\x27\xff\xfd\x01\xff\xfb\x03\xff\xfd\x03100\n", "100\r\n"}, // as PuTTY
 		{"100\n7\xff\xf12\n", "100\n72\r\n"},
-		{"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\xff\xfe\xff\n", "100\r\n"},                            // options that look like something else
-		{"7\xff\xfa\x18\x00xterm\xff\xff\xf0\xff\xf4\n\x03\xff\xfa\x1b\xff\xf02\xff\xf0\n", "72\r\n"}, // a subnegotiation with all in it
+		{"1\xff\xfb\x010\xff\xfc\xff0\xff\xfd\n\xff\xfe\xff\n", "100\r\n"},                                         // options that look like something else
+		{"7\xff\xfa\x18\x00xterm\xff\xff\xf0\xff\xf4\n\x03\xff\xfa\x1b\xff\xf02\xff\xf0\n", "72\r\n"},              // a subnegotiation with all in it
+		{"\xff\xed\xff\x06\xff\xfb\x06\xff\xfc\x06\xff\xfe\x06\xff\xfd\x05\xff\xfd\a\xff\xfd\xff\x061\n", "1\r\n"}, // near a timing mark
 		{"\xff\xff\xff\xff1\n", "\xff\xff1\n"},
 		{"1\xff\xff\xf4\n\xf0\n", "1\xff\xf4\n\xf0\n"},
 		{"72\xff", "72"},
 		{"72\xff\xfb", "72"},
 		{"72\xff\xfa\n73\n", "72"},
+
+		// Timing marks.
+		{"100\n\xff\xed\xff\xfd\x0672\n", "100\n<timing mark>72\r\n"}, // Ctrl-Z in GNU telnet
+		{"\xff\xfd\x06", "<timing mark>"},
+		{"7\xff\xfd\x062\n", "7<timing mark>72\r\n"},
+		{"79\xff\xfd\x06\b2\xff\xfd\x06\x15\xff\xfd\x0673\n", "79<timing mark>72<timing mark><timing mark>73\r\n"},
+		{"7\xff\xfd\x06" + strings.Repeat("\xff\xfd\x06", 64) + "2\n", strings.Repeat("7<timing mark>", 65) + "72\r\n"},
+		{"7\r\xff\xfd\x06\n2\r\xff\xfd\x06\xff\xfd\x06\x00\n", "7\r\n<timing mark>2\r\n<timing mark><timing mark>\r\n"},
+		{"7\x1b\xff\xfd\x06[\xff\xfd\x061\xff\xfd\x06~2\n", "7<timing mark>7<timing mark>7<timing mark>72\r\n"},
+		{"7\x1bO\xff\xfd\x061\xff\xfd\x06A\x1b\xe2\x82\xff\xfd\x06\xac2\n", "7<timing mark>7<timing mark>7<timing mark>72\r\n"},
+		{"7\xff\xfd\xff\xfd\x06\xff\xfa\x18\xff\xfd\x06\xff\xf02\n", "7\xfd2\r\n"}, // of another command
+		{"7\xff\xfd\x03\x06\xff\xff\xfd\x062\n", "7\xff\xfd2\r\n"},
+		{"7\xff\xfd", "7"},
+		{"7\xff\xfd\x06\xff\xfd\x06\x032\xff\xfd\x06", "7<timing mark>7<timing mark>7<interrupt>"},
+		{"72\xff\xfd\x06\x04\xff\xfd\x06", "72<timing mark>72<end of input>"},
 
 		// Lines that are too long, or nearly.
 		{strings.Repeat("0", 62) + "72\n", strings.Repeat("0", 62) + "72\n"},
@@ -283,6 +320,9 @@ func TestNext(t *testing.T) {
 		{"x\b" + strings.Repeat("0", 62) + "\x00\x1b[A72\b3\n", strings.Repeat("0", 62) + "73\n"},
 		{strings.Repeat("0", 63) + "123\n", strings.Repeat("0", 63) + "12<too long>"},
 		{strings.Repeat("0", 64) + "1\b\n", strings.Repeat("0", 64) + "1<too long>"},
+		{"\t" + strings.Repeat("\a", 65) + strings.Repeat("0", 62) + "\x1b7\n", "\t" + strings.Repeat("0", 62) + "7\n"},
+		{strings.Repeat("0", 64) + "\xff\xfd\x061", strings.Repeat("0", 64) + "<timing mark>" + strings.Repeat("0", 64) + "1<too long>"},
+		{strings.Repeat("0", 64) + "\t\xff\xfd\x06", strings.Repeat("0", 64) + "\t<too long>"},
 		{strings.Repeat("é", 33) + "\b\n", strings.Repeat("é", 32) + "\xc3<too long>"},
 		{"\n" + strings.Repeat("\xff\xff", 65) + "\n", "\n" + strings.Repeat("\xff", 65) + "<too long>"},
 	} {
@@ -304,6 +344,7 @@ func TestCRLF(t *testing.T) {
 		{"1\xff\xf12", 3},
 		{"\xff\xff\xff\xff\xff\xfb\x01", 6},
 		{"\xff\xfa\x01\xff\xf0", 2},
+		{"72\xff\xfd\x063", 4},
 		{"\x1b\xff\xf7", 3},
 		{"\x1b[A\b\x15\x1b\x00\xff\xff\n\xff", 100},
 	} {
@@ -325,8 +366,8 @@ func TestCRLF(t *testing.T) {
 
 // All short inputs of the bytes that mean something, and their neighbors.
 func TestNextShort(t *testing.T) {
-	alphabet := []byte("\x00\x03\x04\b\n\r\x15\x17\x1b \x7f09?@AO[~\x80\xbf\xc0\xc2\xdf\xe0\xef\xf0\xf4\xf5\xf7\xf8\xfa\xfb\xfe\xff")
-	for _, before := range []string{"5", "5\x1b", "5\x1b[", "5\x1bO", "5\x1b\xf0", "5\r", "5\xff", "5\xff\xfa", "5\xff\xfa\xff"} {
+	alphabet := []byte("\x00\x01\x03\x04\x06\b\t\n\r\x15\x17\x1b \x7f09?@AO[~\x80\xbf\xc0\xc2\xdf\xe0\xef\xf0\xf4\xf5\xf7\xf8\xfa\xfb\xfd\xfe\xff")
+	for _, before := range []string{"5", "5\x1b", "5\x1b[", "5\x1bO", "5\x1b\xf0", "5\r", "5\xff", "5\xff\xfd", "5\xff\xfa", "5\xff\xfa\xff"} {
 		for b := range 256 {
 			for _, after := range []string{"6\n", "\x80\x81\x82\x83", "A\r7", "\xff\xf06\n"} {
 				check(t, limit, []byte(before+string(inBytes(string(rune(b))))+after))
@@ -346,6 +387,7 @@ var pieces = []string{
 	"\x1b", "\x1b[", "\x1b[A", "\x1b[[B", "\x1b[15;2~", "\x1bO", "\x1bOP", "\x1bO5Q", "\x1bx", "\x1bé", "\x1b\U0001f600", "[", "O", ";", "~",
 	"é", "€", "\U0001f600", "\xc3", "\xe2", "\x82", "\x80", "\xf0\x9f", "\xff\xff", "\xff", "\xff\xfb\x01", "\xff\xfb", "\xff\xfe\r",
 	"\xff\xfa\x18\x00xterm\n\xff\xf0", "\xff\xfa\xff", "\xf0", "\xff\xf0", "\xff\xf1", "\xff\xf9", "\x01", "\a",
+	"\xff\xfd\x06", "\xff\xed\xff\xfd\x06", "\xff\xfd\x06\xff\xfd\x06", "\xff\xfd", "\xff\xfb\x06", "\x06", "\x1a", "\x1f", "\x1b7",
 	"0000000000000000000000000000000", "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
 }
 
@@ -377,7 +419,7 @@ func TestNextRandom(t *testing.T) {
 			seen[fmt.Sprintf("end %d, CRLF %v, text %v", e.end, e.crlf, e.text != "")]++
 		}
 	}
-	if len(seen) != 5*2*2-2 { // all but lines without text that are too long
+	if len(seen) != 6*2*2-2-2 { // all but lines too long without text, and timing marks without CRLF
 		t.Errorf("the random inputs are too much alike: %v", seen)
 	}
 }
