@@ -38,8 +38,9 @@ func transcript(events []event) string {
 	return all.String()
 }
 
-// play gives the parts to a Filter, as a server does that reads each of them into what is
-// left of a buffer. The last event is the unfinished line, if nothing has ended the input.
+// play gives the parts to a Filter, as a server does that reads each of them into what an
+// unfinished line leaves of a buffer. The last event is the unfinished line, if nothing has
+// ended the input.
 func play(t *testing.T, limit int, parts ...[]byte) (events []event) {
 	var f Filter
 	buffer := make([]byte, limit+2)
@@ -48,6 +49,7 @@ func play(t *testing.T, limit int, parts ...[]byte) (events []event) {
 	received := 0
 	for _, part := range parts {
 		for len(part) > 0 {
+			line = buffer[:copy(buffer, line)]
 			n := copy(buffer[len(line):], part)
 			input := buffer[len(line):][:n]
 			part = part[n:]
@@ -59,7 +61,7 @@ func play(t *testing.T, limit int, parts ...[]byte) (events []event) {
 				if !bytes.Equal(input, sent[read:received]) {
 					t.Fatalf("%q: the rest of the input is %q after %d bytes", sent, input, read)
 				}
-				if len(line) > 0 && &line[0] != &buffer[0] {
+				if len(line) > 0 && &line[:cap(line)][cap(line)-1] != &buffer[limit+1] {
 					t.Fatalf("%q: the line was moved to another array after %d bytes", sent, read)
 				}
 				if end == None && len(input) > 0 {
@@ -69,7 +71,7 @@ func play(t *testing.T, limit int, parts ...[]byte) (events []event) {
 					events = append(events, event{string(line), end, read, f.CRLF()})
 				}
 				if end == LineEnd {
-					line = buffer[:0]
+					line = input[:0]
 				}
 				if end > LineEnd {
 					return events
@@ -437,6 +439,13 @@ func TestNextAppends(t *testing.T) {
 	line, rest, end = f.Next(nil, rest, limit)
 	if string(line) != "5" || len(rest) > 0 || end != None {
 		t.Errorf("got %q, %q, %v", line, rest, end)
+	}
+}
+
+// The answer to a timing mark is that there will be none: IAC WONT TIMING-MARK.
+func TestWontTimingMark(t *testing.T) {
+	if WontTimingMark != "\xff\xfc\x06" {
+		t.Errorf("got %q", WontTimingMark)
 	}
 }
 
