@@ -7,6 +7,7 @@ import (
 	"io"
 	"log"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -25,7 +26,7 @@ const (
 	// makes the build fail where an int cannot hold it.
 	maxBPM int = 999_999_999_999_999
 
-	// maxRefusals bounds the clients that are being refused since the server is full.
+	// maxRefusals bounds the clients that are being refused for lack of room.
 	maxRefusals = 100
 
 	balanceLimit = 10 * time.Minute // from connecting to a token balance
@@ -38,12 +39,14 @@ const (
 type server struct {
 	lottery       *lottery
 	maxValidators int
+	maxPerAddress int // clients of one network; 0 is no limit
 	maxStake      int // of one validator, in tokens
 	log           *log.Logger
 
-	mu       sync.Mutex // guards the following
-	clients  []*client  // connected, or disconnected with a stake in the round; to write in a map's order takes a quarter longer
-	refusals int        // clients that are being refused since the server is full
+	mu       sync.Mutex           // guards the following
+	clients  []*client            // connected, or disconnected with a stake in the round; to write in a map's order takes a quarter longer
+	networks map[netip.Prefix]int // the clients of each, if maxPerAddress is set
+	refusals int                  // clients that are being refused
 
 	open sync.WaitGroup // counts clients and refusals
 }
@@ -66,6 +69,7 @@ func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server 
 		maxValidators: maxValidators,
 		maxStake:      maxStake,
 		log:           logger,
+		networks:      make(map[netip.Prefix]int),
 	}
 }
 
@@ -99,31 +103,50 @@ func (s *server) serve(ctx context.Context, listener net.Listener) {
 	s.open.Wait()
 }
 
+// networkOf returns the part of a client's address that maxPerAddress is about: all of IPv4,
+// and of IPv6 the first 64 bits, since any host may choose the rest.
+func networkOf(address net.Addr) netip.Prefix {
+	client, _ := netip.ParseAddrPort(address.String())
+	ip := client.Addr().Unmap()
+	network, _ := ip.Prefix(min(ip.BitLen(), 64))
+	return network
+}
+
 // accept starts to serve a client, if there is room for it.
 func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	full := ""
 	switch {
-	case len(s.clients) < s.maxValidators:
+	case len(s.clients) >= s.maxValidators:
+		full = "server full"
+	case s.maxPerAddress > 0 && s.networks[networkOf(conn.RemoteAddr())] >= s.maxPerAddress:
+		full = "too many connections from your address"
+	}
+	switch {
+	case full == "":
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before serve can set another
 		c := &client{Conn: lineconn.New(conn), index: len(s.clients)}
 		s.clients = append(s.clients, c)
+		if s.maxPerAddress > 0 {
+			s.networks[networkOf(conn.RemoteAddr())]++
+		}
 		s.open.Add(1)
 		go s.handleConn(ctx, c)
 	case s.refusals < maxRefusals:
 		s.refusals++
 		s.open.Add(1)
-		go s.refuse(lineconn.New(conn))
+		go s.refuse(lineconn.New(conn), full)
 	default:
 		conn.Close()
 	}
 }
 
-// refuse tells a client that there is no room for it.
-func (s *server) refuse(conn *lineconn.Conn) {
+// refuse tells a client what is full.
+func (s *server) refuse(conn *lineconn.Conn, full string) {
 	defer s.open.Done()
-	s.log.Printf("%v refused: server full", conn.RemoteAddr())
-	conn.Close("server full, try again later\n")
+	s.log.Printf("%v refused: %s", conn.RemoteAddr(), full)
+	conn.Close(full + ", try again later\n")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refusals--
@@ -138,6 +161,12 @@ func (s *server) remove(c *client) {
 	s.clients[c.index] = s.clients[last]
 	s.clients[c.index].index = c.index
 	s.clients = slices.Delete(s.clients, last, last+1)
+	if s.maxPerAddress > 0 {
+		network := networkOf(c.RemoteAddr())
+		if s.networks[network]--; s.networks[network] == 0 {
+			delete(s.networks, network)
+		}
+	}
 }
 
 // parseNumber returns the number in the line, from low to high, or else a LineError.
@@ -172,7 +201,10 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	s.leave(ctx, c, err)
 }
 
-const shuttingDown = "\nserver shutting down\n"
+const (
+	shuttingDown = "\nserver shutting down\n"
+	joinAgain    = "; the connection is closed, join again\n" // or who goes on typing, types into the shell
+)
 
 // stake makes the client a validator, to which all results are sent from now on. A line
 // that is no token balance is a LineError.
@@ -188,43 +220,57 @@ func (s *server) stake(c *client, line []byte) error {
 	c.SetReadDeadline(time.Time{}) // if this undoes Stop's, handleConn finds ctx done
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.validator = s.lottery.join(int64(stake), c.RemoteAddr().String())
-	fmt.Fprintf(c, "validator %s stakes %d tokens\n"+
-		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n%s", c.validator.address, stake, bpmPrompt)
+	v := s.lottery.join(int64(stake), c.RemoteAddr().String())
+	c.validator = v
+	greeting := fmt.Appendf(nil, "validator %s stakes %d tokens\n"+
+		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n", v.address, stake)
+	c.Write(appendStanding(greeting, s.lottery.standing(v)))
 	return nil
 }
 
-// propose proposes a block with the BPM in the line. The reply repeats the BPM: if a
-// message arrives while the user is typing, the terminal still sends what was typed
-// before it. A line that is no BPM is a LineError.
+// propose proposes a block with the BPM in the line, or replies how the round stands if the
+// line is empty. A line that is no BPM is a LineError.
 func (s *server) propose(c *client, line []byte) error {
-	if len(line) == 0 {
-		io.WriteString(c, bpmPrompt)
-		return nil
-	}
 	bpm, err := parseNumber(line, -maxBPM, maxBPM)
-	if err != nil {
+	if err != nil && len(line) > 0 {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	p := s.lottery.propose(c.validator, bpm)
-	var buffer [192]byte // with fmt the stack would grow
-	r := append(buffer[:0], "block "...)
-	r = strconv.AppendInt(r, int64(p.index), 10)
-	if !p.added {
+	var reply [192]byte
+	if len(line) == 0 {
+		c.Write(appendStanding(reply[:0], s.lottery.standing(c.validator)))
+	} else {
+		c.Write(appendStanding(reply[:0], s.lottery.propose(c.validator, bpm)))
+	}
+	return nil
+}
+
+// appendStanding appends how the round stands, and the prompt, to the reply. It repeats the
+// BPM: if a message arrives while the user is typing, the terminal still sends what was typed
+// before it. With fmt, the reader's stack would grow.
+func appendStanding(r []byte, s standing) []byte {
+	if !s.proposed {
+		r = append(r, "no BPM for "...)
+	}
+	r = append(r, "block "...)
+	r = strconv.AppendInt(r, int64(s.index), 10)
+	if s.proposed && !s.added {
 		r = append(r, " already"...)
 	}
-	r = append(r, " proposed with BPM "...)
-	r = strconv.AppendInt(r, int64(p.bpm), 10)
-	r = append(r, ": "...)
-	r = strconv.AppendInt(r, c.validator.stake, 10)
-	r = append(r, " of "...)
-	r = strconv.AppendInt(r, p.tokens, 10)
+	if s.proposed {
+		r = append(r, " proposed with BPM "...)
+		r = strconv.AppendInt(r, int64(s.bpm), 10)
+		r = append(r, ": "...)
+		r = strconv.AppendInt(r, s.stake, 10)
+		r = append(r, " of "...)
+	} else {
+		r = append(r, " yet: "...)
+	}
+	r = strconv.AppendInt(r, s.tokens, 10)
 	r = append(r, " tokens so far, draw in "...)
-	r = append(r, p.drawIn.Round(time.Second).String()...)
-	c.Write(append(r, "\n"+bpmPrompt...))
-	return nil
+	r = append(r, s.drawIn.Round(time.Second).String()...)
+	return append(r, "\n"+bpmPrompt...)
 }
 
 // leave ends the session of a client that sends no more lines. err is a LineError, or why it
@@ -237,16 +283,16 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 	switch {
 	case isBad && v == nil:
 		s.log.Printf("%v refused: its token balance was %q", c.RemoteAddr(), string(bad))
-		lastLine = fmt.Sprintf("token balance must be a whole number from 1 to %d, %v\n", s.maxStake, bad)
+		lastLine = fmt.Sprintf("token balance must be a whole number from 1 to %d, %v%s", s.maxStake, bad, joinAgain)
 	case isBad:
 		s.lottery.disqualify(v)
 		s.log.Printf("validator %s dropped: its BPM was %q; it forfeits its %d tokens", v.address, string(bad), v.stake)
-		lastLine = fmt.Sprintf("BPM must be a whole number of at most 15 digits, %v: %d staked tokens forfeited\n", bad, v.stake)
+		lastLine = fmt.Sprintf("BPM must be a whole number of at most %d digits, %v: %d staked tokens forfeited%s", len(strconv.Itoa(maxBPM)), bad, v.stake, joinAgain)
 	case ctx.Err() != nil:
 		lastLine = shuttingDown
 	case v == nil && errors.Is(err, os.ErrDeadlineExceeded):
 		s.log.Printf("%v refused: no token balance within %v", c.RemoteAddr(), balanceLimit)
-		lastLine = fmt.Sprintf("\nno token balance within %v\n", balanceLimit)
+		lastLine = fmt.Sprintf("\nno token balance within %v%s", balanceLimit, joinAgain)
 	case v != nil:
 		c.mu.Lock()
 		c.removed = s.lottery.leave(v)

@@ -143,31 +143,50 @@ func (l *lottery) join(stake int64, from string) *validator {
 	return v
 }
 
-// A proposal is what propose returns: the validator's candidate and how the open round
-// stands.
-type proposal struct {
-	index  int // that its block would get
-	bpm    int
-	added  bool          // it is new, and not an earlier one that stands
-	tokens int64         // of all that have a candidate in the round so far
-	drawIn time.Duration // until the next tick
+// A standing is how the open round stands for a validator.
+type standing struct {
+	index    int  // of the block that the winner gets
+	proposed bool // the validator has a candidate
+	added    bool // by this very call
+	bpm      int  // of the candidate
+	stake    int64
+	tokens   int64         // of all that have a candidate so far
+	drawIn   time.Duration // until the next tick
+}
+
+// standing returns how the open round stands for the validator.
+func (l *lottery) standing(v *validator) standing {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.standingLocked(v)
+}
+
+// standingLocked is standing. l.mu must be held.
+func (l *lottery) standingLocked(v *validator) standing {
+	s := standing{
+		index:    l.round.index,
+		proposed: l.round.has(v),
+		stake:    v.stake,
+		tokens:   l.round.pool.total,
+		drawIn:   l.roundInterval - time.Since(l.lastTick)%l.roundInterval,
+	}
+	if s.proposed {
+		s.bpm = l.round.tempBlocks[v.index].bpm
+	}
+	return s
 }
 
 // propose makes a candidate for the validator, unless it has one in this round.
-func (l *lottery) propose(v *validator, bpm int) proposal {
+func (l *lottery) propose(v *validator, bpm int) standing {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	added := !l.round.has(v)
 	if added {
 		l.round.add(candidate{v, bpm, time.Now()})
 	}
-	return proposal{
-		index:  l.round.index,
-		bpm:    l.round.tempBlocks[v.index].bpm,
-		added:  added,
-		tokens: l.round.pool.total,
-		drawIn: l.roundInterval - time.Since(l.lastTick)%l.roundInterval,
-	}
+	s := l.standingLocked(v)
+	s.added = added
+	return s
 }
 
 // disqualify removes the validator at once, with its stake and its candidate.

@@ -137,6 +137,7 @@ func run(stdout io.Writer, logger *log.Logger) error {
 	lottery.roundInterval = set.roundInterval
 	lottery.broadcastInterval = set.broadcastInterval
 	server := newServer(lottery, set.maxValidators, logger)
+	server.maxPerAddress = set.maxPerAddress
 	server.maxStake = set.maxStake
 	return serve(ctx, lottery, server, listener)
 }
@@ -245,6 +246,7 @@ type settings struct {
 	broadcastBlocks   int
 	chainFile         setting
 	maxValidators     int
+	maxPerAddress     int
 	maxStake          int // tokens
 }
 
@@ -322,6 +324,7 @@ func readSettings() (set settings, warnings []string, err error) {
 	set.broadcastBlocks = number("BROADCAST_BLOCKS", 0, math.MaxInt)
 	set.chainFile = get("CHAIN_FILE")
 	set.maxValidators = number("MAX_VALIDATORS", 1, 1_000_000)
+	set.maxPerAddress = number("MAX_PER_ADDRESS", 0, 1_000_000)
 	set.maxStake = number("MAX_STAKE", 1, maxStake)
 	return set, warnings, errors.Join(faults...)
 }

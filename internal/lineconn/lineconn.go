@@ -127,12 +127,12 @@ func crlf(text []byte) []byte {
 func (c *Conn) ReadLine() ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, replies := c.waitingLocked(); replies >= MaxQueue; _, replies = c.waitingLocked() {
-		c.flushLocked()
-		c.waitLocked()
-	}
 	line := c.input[c.next:c.next]
 	for !c.ended {
+		for _, replies := c.waitingLocked(); replies >= MaxQueue; _, replies = c.waitingLocked() {
+			c.flushLocked()
+			c.waitLocked()
+		}
 		text, rest, end := c.filter.Next(line, c.input[c.next:c.received], MaxLine)
 		c.next = c.received - uint8(len(rest))
 		switch end {
@@ -144,6 +144,10 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		case telnet.Interrupt:
 			c.conn.SetWriteDeadline(time.Now().Add(interruptLimit))
 			return nil, ErrInterrupted
+		case telnet.TimingMark:
+			c.replyLocked([]byte(telnet.WontTimingMark))
+			line = text
+			continue
 		case telnet.EndOfInput:
 			c.ended = true
 			line = text
