@@ -49,7 +49,7 @@ func TestOptionsAreInherited(t *testing.T) {
 		}{
 			{"TCP_USER_TIMEOUT", syscall.IPPROTO_TCP, 18, 45_000},
 			{"SO_KEEPALIVE", syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
-			{"TCP_KEEPIDLE", syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 30},
+			{"TCP_KEEPIDLE", syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
 			{"TCP_KEEPINTVL", syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 5},
 			{"SO_SNDBUF", syscall.SOL_SOCKET, syscall.SO_SNDBUF, 512 << 10},
 			{"SO_PROTOCOL", syscall.SOL_SOCKET, 38, syscall.IPPROTO_TCP}, // and not MPTCP

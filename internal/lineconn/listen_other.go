@@ -10,6 +10,6 @@ import (
 // listenConfig asks for keep-alive, which the system has in its own way.
 func listenConfig(timeout time.Duration) net.ListenConfig {
 	return net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: timeout * 2 / 3, Interval: timeout / 9, Count: 3,
+		Enable: true, Idle: timeout / 3, Interval: timeout / 9, Count: 6,
 	}}
 }
