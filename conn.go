@@ -56,8 +56,9 @@ type client struct {
 	*lineconn.Conn
 	index int // in the server's clients; guarded by its mutex
 
-	// mu is held from a line until its reply is queued, and while a result is queued. So a
-	// block is acknowledged before the winner of its round. It guards the following.
+	// mu is held while a line is handled, until its reply is queued, and while a result is
+	// queued. So a block is acknowledged before the winner of its round. It guards the
+	// following, which only the client's own goroutine changes.
 	mu        sync.Mutex
 	validator *validator      // nil until the stake
 	removed   <-chan struct{} // nil until it leaves; closed after the draw that ends its round
@@ -125,7 +126,7 @@ func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	}
 	switch {
 	case full == "":
-		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // before serve can set another
+		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // here, since later it could undo Stop's
 		c := &client{Conn: lineconn.New(conn), index: len(s.clients)}
 		s.clients = append(s.clients, c)
 		if s.maxPerAddress > 0 {
@@ -185,25 +186,29 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	var err error
 	for err == nil && ctx.Err() == nil {
 		var line []byte
-		if line, err = c.ReadLine(); err != nil {
-			break
-		}
-		if c.validator != nil {
+		line, err = c.ReadLine()
+		switch {
+		case err != nil:
+		case c.validator == nil:
+			err = s.stakeApart(c, line)
+		default:
 			err = s.propose(c, line)
-			continue
 		}
-		// In a goroutine of its own, since it needs a stack of 4 kB, which the runtime would
-		// not take back from this one while it reads.
-		staked := make(chan error)
-		go func() { staked <- s.stake(c, line) }()
-		err = <-staked
 	}
 	s.leave(ctx, c, err)
 }
 
+// stakeApart is stake in a goroutine of its own. It needs a stack of 4 kB, which the runtime
+// would not take back from the client's goroutine while that reads.
+func (s *server) stakeApart(c *client, line []byte) error {
+	staked := make(chan error)
+	go func() { staked <- s.stake(c, line) }()
+	return <-staked
+}
+
 const (
 	shuttingDown = "\nserver shutting down\n"
-	joinAgain    = "; the connection is closed, join again\n" // or who goes on typing, types into the shell
+	joinAgain    = "; the connection is closed, join again\n" // or people type their next line into the shell
 )
 
 // stake makes the client a validator, to which all results are sent from now on. A line
@@ -222,60 +227,62 @@ func (s *server) stake(c *client, line []byte) error {
 	defer c.mu.Unlock()
 	v := s.lottery.join(int64(stake), c.RemoteAddr().String())
 	c.validator = v
-	greeting := fmt.Appendf(nil, "validator %s stakes %d tokens\n"+
+	fmt.Fprintf(c, "validator %s stakes %d tokens\n"+
 		"Each round, enter a whole number to propose a block; anything else forfeits the tokens.\n", v.address, stake)
-	c.Write(appendStanding(greeting, s.lottery.standing(v)))
+	c.reply(s.lottery.standing(v))
 	return nil
 }
 
-// propose proposes a block with the BPM in the line, or replies how the round stands if the
-// line is empty. A line that is no BPM is a LineError.
+// propose proposes a block with the BPM in the line; an empty one asks how the round stands.
+// A line that is no BPM is a LineError.
 func (s *server) propose(c *client, line []byte) error {
-	bpm, err := parseNumber(line, -maxBPM, maxBPM)
-	if err != nil && len(line) > 0 {
-		return err
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var reply [192]byte
 	if len(line) == 0 {
-		c.Write(appendStanding(reply[:0], s.lottery.standing(c.validator)))
-	} else {
-		c.Write(appendStanding(reply[:0], s.lottery.propose(c.validator, bpm)))
+		c.reply(s.lottery.standing(c.validator))
+		return nil
 	}
+	bpm, err := parseNumber(line, -maxBPM, maxBPM)
+	if err != nil {
+		return err
+	}
+	c.reply(s.lottery.propose(c.validator, bpm))
 	return nil
 }
 
-// appendStanding appends how the round stands, and the prompt, to the reply. It repeats the
-// BPM: if a message arrives while the user is typing, the terminal still sends what was typed
-// before it. With fmt, the reader's stack would grow.
-func appendStanding(r []byte, s standing) []byte {
+// reply replies how the round stands, with the prompt. It repeats the BPM: if a message
+// arrives while the user is typing, the terminal still sends what was typed before it. With
+// fmt, the reader's stack would grow.
+func (c *client) reply(s standing) {
+	var buffer [192]byte
+	r := buffer[:0]
 	if !s.proposed {
 		r = append(r, "no BPM for "...)
 	}
 	r = append(r, "block "...)
 	r = strconv.AppendInt(r, int64(s.index), 10)
-	if s.proposed && !s.added {
-		r = append(r, " already"...)
+	switch {
+	case !s.proposed:
+		r = append(r, " yet: "...)
+	case s.added:
+		r = append(r, " proposed with BPM "...)
+	default:
+		r = append(r, " already proposed with BPM "...)
 	}
 	if s.proposed {
-		r = append(r, " proposed with BPM "...)
 		r = strconv.AppendInt(r, int64(s.bpm), 10)
 		r = append(r, ": "...)
 		r = strconv.AppendInt(r, s.stake, 10)
 		r = append(r, " of "...)
-	} else {
-		r = append(r, " yet: "...)
 	}
 	r = strconv.AppendInt(r, s.tokens, 10)
 	r = append(r, " tokens so far, draw in "...)
 	r = append(r, s.drawIn.Round(time.Second).String()...)
-	return append(r, "\n"+bpmPrompt...)
+	c.Write(append(r, "\n"+bpmPrompt...))
 }
 
-// leave ends the session of a client that sends no more lines. err is a LineError, or why it
-// has hung up. Then a validator's stake and block stay for the draw that ends the round, whose
-// winner is announced to it if it has only ended its input.
+// leave ends the session of a client that sends no more lines. err is a LineError, why it
+// has hung up, or why the server stops.
 func (s *server) leave(ctx context.Context, c *client, err error) {
 	v, lastLine := c.validator, ""
 	var bad lineconn.LineError
@@ -294,27 +301,36 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 		s.log.Printf("%v refused: no token balance within %v", c.RemoteAddr(), balanceLimit)
 		lastLine = fmt.Sprintf("\nno token balance within %v%s", balanceLimit, joinAgain)
 	case v != nil:
-		c.mu.Lock()
-		c.removed = s.lottery.leave(v)
-		c.mu.Unlock()
-		how := "disconnects"
-		if isSlow(err) {
-			how = fmt.Sprintf("dropped: %v", err)
-		}
-		s.log.Printf("validator %s %s; its stake counts until the next draw", v.address, how)
-		if err != io.EOF {
-			c.Close("")
-		}
-		select {
-		case <-c.removed:
-		case <-ctx.Done():
-			lastLine = shuttingDown
-		}
-		if reset := c.Err(); err == io.EOF && isSlow(reset) {
-			s.log.Printf("validator %s dropped: %v", v.address, reset)
-		}
+		lastLine = s.awaitDraw(ctx, c, err)
 	}
 	c.Close(lastLine)
+}
+
+// awaitDraw has the stake and the block of a validator that hangs up stay for the draw that
+// ends the round. If it has only ended its input it still hears of the winner, and of a stop
+// before the draw by the last line that is returned.
+func (s *server) awaitDraw(ctx context.Context, c *client, err error) (lastLine string) {
+	v := c.validator
+	c.mu.Lock()
+	c.removed = s.lottery.leave(v)
+	c.mu.Unlock()
+	how := "disconnects"
+	if isSlow(err) {
+		how = fmt.Sprintf("dropped: %v", err)
+	}
+	s.log.Printf("validator %s %s; its stake counts until the next draw", v.address, how)
+	if err != io.EOF {
+		c.Close("")
+	}
+	select {
+	case <-c.removed:
+	case <-ctx.Done():
+		lastLine = shuttingDown
+	}
+	if reset := c.Err(); err == io.EOF && isSlow(reset) {
+		s.log.Printf("validator %s dropped: %v", v.address, reset)
+	}
+	return lastLine
 }
 
 // isSlow reports whether err says that a client was too slow and was reset.

@@ -5,7 +5,6 @@ package lineconn
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -22,8 +21,8 @@ const (
 	// MaxLine is the longest line in bytes, its end not counted.
 	MaxLine = 64
 
-	// MaxQueue bounds the messages that wait for a slow client, and also the replies. While
-	// so many replies wait, no line is read.
+	// MaxQueue bounds the messages in the queue of a slow client, and also the replies. While
+	// so many replies are queued, no line is taken from the input.
 	MaxQueue = 64
 
 	// After Ctrl-C the client has so long to take what is being written.
@@ -67,13 +66,13 @@ type TCPConn interface {
 type Conn struct {
 	conn TCPConn
 
-	mu       sync.Mutex // guards the following; released only to read, and to write what has to wait
+	mu       sync.Mutex // guards the following; held but for Read, and for writes that wait
 	filter   telnet.Filter
 	ended    bool  // the client has ended its input
 	closing  bool  // nothing can be enqueued any more
-	next     uint8 // input[next:received] is still to be filtered
+	next     uint8 // input[next:received] has been received, but not yet filtered
 	received uint8
-	input    [MaxLine + len("\r\n")]byte
+	input    [MaxLine + len("\r\n")]byte // the lines that ReadLine returns are parts of it
 	queue    []*Message
 	writing  *Message      // whose rest a goroutine writes; nil if none does
 	written  chan struct{} // closed when the goroutine has written it; nil with writing
@@ -121,15 +120,13 @@ func crlf(text []byte) []byte {
 // ReadLine returns the next line without its end and the blanks around it; it is valid
 // until the next call. The last line needs no end. The error is io.EOF if the client has
 // ended its input, ErrInterrupted, a LineError if the line is longer than MaxLine, the
-// reason why the connection was reset, or what Read returns. (If the system gives up the
-// client it tells only one of who reads and who writes, so the error may be io.EOF although
-// Err will be ErrTimeout.)
+// reason why the connection was reset, or what Read returns.
 func (c *Conn) ReadLine() ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	line := c.input[c.next:c.next]
 	for !c.ended {
-		for _, replies := c.waitingLocked(); replies >= MaxQueue; _, replies = c.waitingLocked() {
+		for c.repliesLocked() >= MaxQueue {
 			c.flushLocked()
 			c.waitLocked()
 		}
@@ -153,7 +150,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 			line = text
 			continue
 		}
-		line = c.input[:copy(c.input[:], text)]
+		line = c.input[:copy(c.input[:], text)] // to the front, to make room
 		c.flushLocked()
 		c.mu.Unlock()
 		n, err := c.conn.Read(c.input[len(line):])
@@ -161,10 +158,13 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
 		c.ended = err == io.EOF
-		if err = reason(err); err == ErrTimeout {
-			c.failLocked(err)
+		if reason(err) == ErrTimeout {
+			c.failLocked(ErrTimeout)
 		}
-		if err = cmp.Or(c.err, err); err != nil && err != io.EOF {
+		if c.err != nil {
+			return nil, c.err
+		}
+		if err != nil && !c.ended {
 			return nil, err
 		}
 	}
@@ -178,9 +178,9 @@ func (c *Conn) ReadLine() ([]byte, error) {
 // replyPool has messages for replies, since few connections have any at the same time.
 var replyPool = sync.Pool{New: func() any { return &Message{text: make([][]byte, 1)} }}
 
-// Write queues a reply to the line that ReadLine has returned. Its line ends are \n. It is
-// written by the next ReadLine that waits for the client, or earlier. Write never waits and
-// never fails.
+// Write queues a reply to the line that ReadLine has returned, or the first prompt. Its line
+// ends are \n. It is written by the next ReadLine that waits for the client, or earlier.
+// Write never waits and never fails.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -207,32 +207,35 @@ func (c *Conn) replyLocked(text []byte) {
 	m.replies++
 }
 
+// repliesLocked returns how many replies wait in the queue. c.mu must be held.
+func (c *Conn) repliesLocked() (replies int) {
+	for _, m := range c.queue {
+		replies += int(m.replies)
+	}
+	return replies
+}
+
 // Enqueue queues a message. It is written by the next Flush, or earlier. Enqueue never
 // waits. If the queue is full the connection is reset.
 func (c *Conn) Enqueue(m *Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	messages, _ := c.waitingLocked()
-	isDroppable := func(m *Message) bool { return m != nil && m.Droppable }
-	switch {
-	case c.closing || c.err != nil:
-	case m.Droppable && (messages == MaxQueue || isDroppable(c.writing) || slices.ContainsFunc(c.queue, isDroppable)):
-	case messages == MaxQueue:
-		c.failLocked(ErrQueueFull)
-	default:
-		c.queue = append(c.queue, m)
-	}
-}
-
-// waitingLocked returns how many messages and replies wait in the queue. c.mu must be held.
-func (c *Conn) waitingLocked() (messages, replies int) {
+	messages := 0
+	hasDroppable := c.writing != nil && c.writing.Droppable
 	for _, m := range c.queue {
 		if m.replies == 0 {
 			messages++
 		}
-		replies += int(m.replies)
+		hasDroppable = hasDroppable || m.Droppable
 	}
-	return messages, replies
+	switch full := messages == MaxQueue; {
+	case c.closing || c.err != nil || m.Droppable && (full || hasDroppable):
+		// It is left out.
+	case full:
+		c.failLocked(ErrQueueFull)
+	default:
+		c.queue = append(c.queue, m)
+	}
 }
 
 // Flush writes what is queued, as far as the system takes it at once. The rest is written by
@@ -252,10 +255,14 @@ func (c *Conn) flushLocked() {
 		if m.crlf != nil && c.filter.CRLF() {
 			text = m.crlf
 		}
-		if rest := tryWrite(c.conn, text); rest != nil {
+		rest, err := tryWrite(c.conn, text)
+		switch {
+		case err != nil:
+			c.failLocked(err)
+		case len(rest) > 0:
 			c.writing, c.written = m, make(chan struct{})
 			go c.writeRest(rest)
-		} else if m.replies > 0 {
+		case m.replies > 0:
 			m.replies = 0
 			m.text[0] = m.text[0][:0]
 			replyPool.Put(m)
@@ -269,7 +276,7 @@ func (c *Conn) writeRest(rest net.Buffers) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil {
-		c.failLocked(reason(err))
+		c.failLocked(err)
 	}
 	close(c.written)
 	c.writing, c.written = nil, nil
@@ -299,10 +306,10 @@ func reason(err error) error {
 }
 
 // failLocked resets the connection because of the error, and throws away what is queued. If
-// the system has given up the client, that is the reason; it tells it only to who reads or to
-// who writes. c.mu must be held.
+// the system has given up the client, that is the reason, although it says so only once, to
+// who reads or to who writes. c.mu must be held.
 func (c *Conn) failLocked(err error) {
-	if c.err == nil || err == ErrTimeout {
+	if err = reason(err); c.err == nil || err == ErrTimeout {
 		c.err = err
 	}
 	c.queue = nil
@@ -331,20 +338,22 @@ func (c *Conn) Stop(limit time.Duration) {
 // Close writes what is queued and the last line, and closes the connection without a
 // reset, so that the system goes on delivering both. A connection that is closed while the
 // client sends is reset, so what still comes is read and thrown away for a while, in the
-// way of net/http's closeWriteAndWait. It does not wait if the client has closed first.
+// way of net/http's closeWriteAndWait; not if the client has closed first. A second Close
+// does nothing.
 func (c *Conn) Close(lastLine string) {
 	c.mu.Lock()
-	if lastLine != "" {
+	again := c.closing
+	c.closing = true
+	if lastLine != "" && !again {
 		c.replyLocked([]byte(lastLine))
 	}
-	c.closing = true
 	c.flushLocked()
 	for c.writing != nil {
 		c.waitLocked()
 	}
 	failed := c.err != nil
 	c.mu.Unlock()
-	if failed {
+	if again || failed {
 		return
 	}
 	err := c.conn.CloseWrite()

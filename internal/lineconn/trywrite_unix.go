@@ -4,28 +4,35 @@ package lineconn
 
 import (
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
 )
 
 // tryWrite writes as much of the pieces as the system takes at once, and returns the rest.
-// It never waits. An error is left to whoever writes the rest.
-func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers) {
+// It never waits.
+func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers, err error) {
+	socket, ok := conn.(syscall.Conn)
+	if !ok {
+		return slices.Clone(pieces), nil
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
 	t := tries.Get().(*try)
 	t.pieces = append(t.pieces[:0], pieces...)
 	t.rest = t.pieces
-	if socket, ok := conn.(syscall.Conn); ok {
-		if raw, err := socket.SyscallConn(); err == nil {
-			raw.Write(t.write)
-		}
+	if err = raw.Write(t.write); err == nil {
+		err = t.err
 	}
 	if len(t.rest) > 0 {
 		rest = slices.Clone(t.rest)
 	}
 	clear(t.pieces)
 	tries.Put(t)
-	return rest
+	return rest, err
 }
 
 // A try is one call of tryWrite. It is reused, or each message to each connection would
@@ -33,15 +40,19 @@ func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers) {
 type try struct {
 	pieces net.Buffers
 	rest   net.Buffers // of pieces
+	err    error       // why not all was written; nil for EAGAIN
 	write  func(fd uintptr) bool
 }
 
 var tries = sync.Pool{New: func() any {
 	t := new(try)
 	t.write = func(fd uintptr) bool {
-		for len(t.rest) > 0 {
+		for t.err = nil; len(t.rest) > 0; {
 			n, err := syscall.Write(int(fd), t.rest[0])
 			if err != nil {
+				if err != syscall.EAGAIN {
+					t.err = os.NewSyscallError("write", err)
+				}
 				break
 			}
 			if t.rest[0] = t.rest[0][n:]; len(t.rest[0]) == 0 {

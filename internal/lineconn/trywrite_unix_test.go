@@ -4,9 +4,12 @@ package lineconn
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -48,7 +51,10 @@ func TestTryWriteReturnsTheRest(t *testing.T) {
 	peer, its := accept(t, Timeout)
 	text := bytes.Repeat([]byte("0123456789"), 1<<20)
 	pieces := [][]byte{text[:1], text[1:1000], text[1000 : len(text)-3], text[len(text)-3:]}
-	rest := tryWrite(its, pieces)
+	rest, err := tryWrite(its, pieces)
+	if err != nil {
+		t.Fatal(err)
+	}
 	left := 0
 	for _, piece := range rest {
 		left += len(piece)
@@ -59,8 +65,23 @@ func TestTryWriteReturnsTheRest(t *testing.T) {
 	if n, err := io.ReadFull(peer, make([]byte, len(text)-left)); err != nil {
 		t.Errorf("received %d bytes of the %d that were written: %v", n, len(text)-left, err)
 	}
+}
+
+// The system says only once why it has given up a client, so tryWrite returns it.
+func TestTryWriteReturnsTheError(t *testing.T) {
+	peer, its := accept(t, Timeout)
+	peer.SetLinger(0)
+	peer.Close()
+	pieces := [][]byte{[]byte("text")}
+	err := error(nil)
+	for end := time.Now().Add(time.Minute); err == nil && time.Now().Before(end); { // until the reset is here
+		_, err = tryWrite(its, pieces)
+	}
+	if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("of a connection that was reset: %v", err)
+	}
 	its.Close()
-	if rest := tryWrite(its, pieces); !bytes.Equal(bytes.Join(rest, nil), text) {
-		t.Error("of a closed connection not all is left")
+	if _, err := tryWrite(its, pieces); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("of a closed connection: %v", err)
 	}
 }
