@@ -259,7 +259,7 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 	if c.limit == 0 {
 		c.json = make([]byte, 0, size+1<<20) // grown step by step, it would leave several times as much behind
 	}
-	lines := bufio.NewReaderSize(c.file, 64<<10)
+	lines := bufio.NewReader(c.file)
 	for c.size < size {
 		line, err := lines.ReadSlice('\n')
 		if err != nil && err != io.EOF && err != bufio.ErrBufferFull { // a line that fills the buffer is no block
@@ -302,7 +302,7 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 func isTorn(line []byte, index int) bool {
 	text, ended := bytes.CutSuffix(line, []byte("\n"))
 	zero := bytes.IndexByte(text, 0)
-	if len(text) > maxBlock || zero < 0 && (ended || bytes.IndexByte(text, '}') >= 0) {
+	if len(text) > maxBlock || zero < 0 && (ended || bytes.ContainsRune(text, '}')) {
 		return false
 	}
 	if zero == 0 {
@@ -392,8 +392,9 @@ func (c *Blockchain) checkFile() error {
 func (c *Blockchain) add(block Block, object []byte) {
 	c.head = block
 	c.json = append(append(c.json, object...), ',')
-	if oldest := block.Index - c.limit + 1; c.limit > 0 && oldest > 0 {
-		c.json = c.json[bytes.Index(c.json, blockStart(oldest)):]
+	if c.limit > 0 && block.Index >= c.limit {
+		oldest := blockStart(block.Index - c.limit + 1)
+		c.json = c.json[bytes.Index(c.json, oldest):]
 	}
 }
 

@@ -538,7 +538,7 @@ func TestFileIsNoChain(t *testing.T) {
 	wantTorn(t, name, text, []byte(zeros[:24]+"my precious notes\n"))
 	wantTorn(t, name, text, []byte(zeros[:384]))
 	wantTorn(t, name, text, []byte(zeros[:384]+"\n"))
-	wantTorn(t, name, text, []byte("\x00"))
+	wantTorn(t, name, lines[0], []byte("\x00"))
 	wantTorn(t, name, text, []byte("\x00}\n"))
 	wantTorn(t, name, nil, []byte("{"+zeros[:383]))
 	wantTorn(t, name, nil, []byte("{\x00\n"))
