@@ -136,6 +136,34 @@ typed() {
 	wins arrow >/dev/null
 	pass 'an arrow key in nc costs nothing'
 
+	window control "nc localhost $port"
+	see control 'Enter token balance:'
+	type_in control 100
+	see control 'stakes 100 tokens'
+	enter control C-a 7 7
+	see control 'proposed with BPM 77:'
+	wins control >/dev/null
+	pass 'Ctrl-A in nc costs nothing'
+
+	window quoted "plink -telnet -P $port localhost"
+	see quoted 'Enter token balance:'
+	type_in quoted 100
+	see quoted 'stakes 100 tokens'
+	enter quoted C-q 7 8
+	see quoted 'proposed with BPM 78:'
+	wins quoted >/dev/null
+	pass 'Ctrl-Q in plink costs nothing'
+
+	window suspended "telnet localhost $port"
+	see suspended 'Enter token balance:'
+	type_in suspended 100
+	see suspended 'stakes 100 tokens'
+	press suspended C-z # throws away all output until its timing mark is answered
+	type_in suspended 73
+	see suspended 'proposed with BPM 73:'
+	wins suspended >/dev/null
+	pass 'telnet after Ctrl-Z hears the winner'
+
 	window end-of-input "telnet localhost $port; echo it has ended"
 	see end-of-input 'Enter token balance:'
 	type_in end-of-input 100
@@ -147,6 +175,14 @@ typed() {
 	see end-of-input 'it has ended'
 	! grep -q forfeits "$work/typed.log" || fail 'a key has cost a stake'
 	pass "Ctrl-D in telnet ends its input; it still hears of the round's winner"
+
+	window forfeit "nc localhost $port; echo it has ended"
+	see forfeit 'Enter token balance:'
+	type_in forfeit 100
+	see forfeit 'stakes 100 tokens'
+	type_in forfeit abc
+	see forfeit 'got "abc": 100 staked tokens forfeited; the connection is closed, join again'
+	pass 'a forfeit says that the session is over'
 	interrupt "$server"
 }
 
