@@ -1,10 +1,11 @@
-# Reads the server's log. For each validator that has joined it prints how many rounds the
-# validator has won, beside how many it could expect: in each round its stake / the stakes of
-# all that have joined and not left, as if they all had proposed a block in every round.
+# Reads the server's log. For each validator that is still there, but for at most 20 with the
+# largest stakes, it prints how many rounds the validator has won, beside how many it could
+# expect: in each round its stake / the stakes of all that have joined and not left, as if they
+# all had proposed a block in every round. LC_ALL=C has it print a point and no comma.
 
-/ joins from / { stake[$4] = $9 }
+$5 == "joins" { stake[$4] = $9 }
 
-/ wins with / {
+$7 == "wins" {
 	rounds++
 	won[$6]++
 	all = 0
@@ -18,6 +19,7 @@
 
 END {
 	for (v in stake)
-		printf "%s stakes %d: won %d of %d, expected %.1f\n",
-			substr(v, 1, 8), stake[v], won[v], rounds, expected[v] | "sort -k 3nr"
+		if (!(v in leaving) && !(v in gone))
+			printf "%s stakes %s: won %d of %d, expected %.1f\n",
+				substr(v, 1, 8), stake[v], won[v], rounds, expected[v] | "sort -k 3nr | head -n 20"
 }
