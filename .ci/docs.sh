@@ -1,7 +1,7 @@
 # Sourced by run: runs the commands that README.md and docs/ show, as they show them, and checks
 # what they print. A command is a line that begins with "$ " in a fenced block, and code in the text
 # that has a blank in it or is a program in this directory; but in docs/protocol.md such code is
-# what the server says.
+# what the server says. The commands of docs/service.md are run by service.sh.
 #
 # They run in a copy of the checkout. Its .env shortens the rounds; it counts less than what a
 # command sets.
@@ -319,7 +319,7 @@ done
 check_names
 check_links
 git ls-files -z | xargs -0 cp --parents -t "$(mkdir "$copy" && echo "$copy")"
-mapfile -t commands < <(for file in README.md docs/*.md; do commands_in "$file"; done)
+mapfile -t commands < <(for file in README.md docs/*.md; do [[ $file == docs/service.md ]] || commands_in "$file"; done)
 ((${#commands[@]} > 30)) || fail "README and docs/ show only ${#commands[@]} commands"
 cd "$copy"
 printf '%s\n' ROUND_INTERVAL=1s BROADCAST_INTERVAL=2s >.env
