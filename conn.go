@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -117,15 +118,15 @@ func networkOf(address net.Addr) netip.Prefix {
 func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full := ""
+	reason := ""
 	switch {
 	case len(s.clients) >= s.maxValidators:
-		full = "server full"
+		reason = "server full"
 	case s.maxPerAddress > 0 && s.networks[networkOf(conn.RemoteAddr())] >= s.maxPerAddress:
-		full = "too many connections from your address"
+		reason = "too many connections from its address"
 	}
 	switch {
-	case full == "":
+	case reason == "":
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // here, since later it could undo Stop's
 		c := &client{Conn: lineconn.New(conn), index: len(s.clients)}
 		s.clients = append(s.clients, c)
@@ -137,17 +138,17 @@ func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	case s.refusals < maxRefusals:
 		s.refusals++
 		s.open.Add(1)
-		go s.refuse(lineconn.New(conn), full)
+		go s.refuse(lineconn.New(conn), reason)
 	default:
 		conn.Close()
 	}
 }
 
-// refuse tells a client what is full.
-func (s *server) refuse(conn *lineconn.Conn, full string) {
+// refuse tells a client why there is no room for it.
+func (s *server) refuse(conn *lineconn.Conn, reason string) {
 	defer s.open.Done()
-	s.log.Printf("%v refused: %s", conn.RemoteAddr(), full)
-	conn.Close(full + ", try again later\n")
+	s.log.Printf("%v refused: %s", conn.RemoteAddr(), reason)
+	conn.Close(strings.Replace(reason, "its", "your", 1) + ", try again later\n")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refusals--

@@ -50,8 +50,8 @@ terminals, as often as you like:
 Stake some tokens, then enter a heart rate (BPM) to propose a block. In every
 round one of the proposed blocks is drawn and joins the chain; the more tokens a
 validator stakes, the better its chance. Everyone hears who won, and once a
-minute gets the chain. The server prints each block that joins the chain on
-standard output and its log on standard error. Ctrl-C stops it.
+minute gets the latest blocks. The server prints each block that joins the chain
+on standard output and its log on standard error. Ctrl-C stops it.
 
 The chain is kept in CHAIN_FILE and goes on when the server is started again.
 To begin a new chain, stop the server and move that file away.
