@@ -14,27 +14,6 @@ import (
 	"time"
 )
 
-// accept returns both ends of a connection to a listener of Listen.
-func accept(t *testing.T, timeout time.Duration) (peer, its *net.TCPConn) {
-	t.Helper()
-	listener, err := Listen("tcp", "127.0.0.1:0", timeout)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	dialed, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dialed.Close() })
-	accepted, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { accepted.Close() })
-	return dialed.(*net.TCPConn), accepted.(*net.TCPConn)
-}
-
 // What is accepted has the options of the listening socket.
 func TestOptionsAreInherited(t *testing.T) {
 	_, its := accept(t, Timeout)
@@ -84,7 +63,7 @@ func TestGivenUp(t *testing.T) {
 				close(ended)
 			}()
 			c.Enqueue(message)
-			go c.Flush()
+			c.Flush()
 			limit := time.After(4 * timeout)
 			for reading := test.reads; reading; {
 				io.ReadFull(peer, make([]byte, 32<<10))
