@@ -97,15 +97,15 @@ func droppable(pieces ...[]byte) *Message {
 	return m
 }
 
-// announce enqueues the text and has it written by another goroutine.
+// announce enqueues a message and has it written.
 func (c *client) announce(text string) {
 	c.Enqueue(NewMessage([]byte(text)))
-	go c.Flush()
+	c.Flush()
 	synctest.Wait()
 }
 
 func TestReadLine(t *testing.T) {
-	long := strings.Repeat("x", MaxLine)
+	long := strings.Repeat("x", 64)
 	for _, test := range []struct {
 		sent  string
 		lines string // joined with |
@@ -150,6 +150,45 @@ func TestReadLine(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The read deadline ends ReadLine and nothing else.
+func TestSetReadDeadline(t *testing.T) {
+	run(t, func(c *client) {
+		start := time.Now()
+		c.SetReadDeadline(start.Add(time.Minute))
+		if _, err := c.ReadLine(); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != time.Minute {
+			t.Errorf("ReadLine: %v after %v", err, time.Since(start))
+		}
+		if err := c.Err(); err != nil {
+			t.Errorf("the connection was reset: %v", err)
+		}
+	})
+}
+
+// When ReadLine returns io.EOF the replies are written: the reader may then wait for other things.
+func TestRepliesBeforeEOF(t *testing.T) {
+	run(t, func(c *client) {
+		go func() {
+			for line, err := c.ReadLine(); err == nil; line, err = c.ReadLine() {
+				fmt.Fprintf(c.Conn, "[%s]", line)
+			}
+		}()
+		c.send("a\nb\x04")
+		c.want("[a][b]")
+	})
+}
+
+// The replies to lines that are read at once are written at once.
+func TestRepliesAreJoined(t *testing.T) {
+	run(t, func(c *client) {
+		c.echo()
+		c.send("a\nb\nc\n")
+		p := make([]byte, 100)
+		if n, err := c.peer.Read(p); err != nil || string(p[:n]) != "[a][b][c]" {
+			t.Errorf("received %q at once, %v", p[:n], err)
+		}
+	})
 }
 
 // Lines are read while something is written to the client, until 64 replies wait.
@@ -206,6 +245,11 @@ func TestReadsWhileWriting(t *testing.T) {
 		}
 		c.want("<a long text>" + strings.Repeat("[]", n))
 	})
+	run(t, func(c *client) { // also if no other write makes room
+		c.echo()
+		c.send(strings.Repeat("\n", 66))
+		c.want(strings.Repeat("[]", 66))
+	})
 	run(t, func(c *client) { // and again as soon as the replies are taken, whatever is behind them
 		c.echo()
 		c.announce("<1>")
@@ -236,14 +280,10 @@ func TestOrder(t *testing.T) {
 		run(t, func(c *client) {
 			random := rand.New(rand.NewPCG(seed, 0))
 			var want strings.Builder
-			queue := func(text string, queue func(text string)) {
-				queue(text)
-				want.WriteString(text)
-			}
-			enqueued := 0
 			enqueue := func() {
-				queue(fmt.Sprintf("<%d>", enqueued), func(text string) { c.Enqueue(NewMessage([]byte(text))) })
-				enqueued++
+				text := fmt.Sprintf("<%d>", want.Len())
+				c.Enqueue(NewMessage([]byte(text)))
+				want.WriteString(text)
 				if random.IntN(2) == 0 {
 					c.Flush()
 				}
@@ -257,7 +297,7 @@ func TestOrder(t *testing.T) {
 					for range random.IntN(3) {
 						enqueue()
 					}
-					queue(fmt.Sprintf("[%s]", line), func(text string) { io.WriteString(c.Conn, text) })
+					fmt.Fprintf(io.MultiWriter(c.Conn, &want), "[%s]", line)
 				}
 			}()
 			received := ""
@@ -327,7 +367,7 @@ func TestDroppable(t *testing.T) {
 		c.echo()
 		enqueue := func(text string) {
 			c.Enqueue(droppable([]byte(text), []byte(text)))
-			go c.Flush()
+			c.Flush()
 			synctest.Wait()
 		}
 		enqueue("one")
@@ -357,6 +397,7 @@ func TestMessageIsShared(t *testing.T) {
 }
 
 // A client that has sent a CR or a telnet command gets \r\n from the reply to that line on.
+// Write returns how many bytes it was given, whatever it makes of them.
 func TestLineEnds(t *testing.T) {
 	for _, sent := range []string{"b\r", "\xff\xf1b\n", "b\xff\xfb\x01\n"} {
 		run(t, func(c *client) {
@@ -369,7 +410,9 @@ func TestLineEnds(t *testing.T) {
 						c.Conn.Close("\nend\n")
 						return
 					}
-					fmt.Fprintf(c.Conn, "%s\n", line)
+					if n, err := fmt.Fprintf(c.Conn, "%s\n", line); n != len(line)+1 || err != nil {
+						t.Errorf("Write: %d, %v", n, err)
+					}
 				}
 			}()
 			c.send("a\na\n" + sent)
@@ -419,16 +462,16 @@ func TestClose(t *testing.T) {
 			t.Errorf("the connection is not closed: %v", err)
 		}
 	})
-	run(t, func(c *client) { // what came while the last line was handled is before it
+	run(t, func(c *client) { // what waits is before it, with the line ends that the line asks for
 		go func() {
 			c.ReadLine()
 			c.Write([]byte("[a]"))
-			c.Enqueue(NewMessage([]byte("<>")))
-			c.Conn.Close("closed")
+			c.Enqueue(NewMessage([]byte("<\n>")))
+			c.Conn.Close("\nend\n")
 		}()
-		c.send("a\n")
-		c.want("[a]<>closed")
-		time.Sleep(time.Second)
+		c.send("a\r")
+		c.want("[a]<\r\n>\r\nend\r\n")
+		c.peer.Close()
 	})
 }
 
@@ -485,13 +528,13 @@ func TestStop(t *testing.T) {
 		ended, closed time.Duration
 		reset         bool
 	}{
-		"reading":                 {func(c *client) {}, 0, time.Second, false}, // the client is silent for a second
-		"beside somebody writing": {func(c *client) { c.announce("<>") }, 0, 2 * time.Second, true},
+		"reading":                    {func(c *client) {}, 0, time.Second, false}, // the client is silent for a second
+		"while a message is written": {func(c *client) { c.announce("<>") }, 0, 2 * time.Second, true},
+		"while a reply is written":   {func(c *client) { c.send("a\n") }, 0, 2 * time.Second, true},
 		"waiting for room": {func(c *client) {
 			c.announce("<>")
 			c.send(strings.Repeat("\n", 200))
 		}, 2 * time.Second, 2 * time.Second, true},
-		"writing": {func(c *client) { c.send("a\n") }, 0, 2 * time.Second, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			run(t, func(c *client) {
@@ -516,6 +559,17 @@ type timedOut struct{ *tcptest.Conn }
 
 func (*timedOut) Read([]byte) (int, error) { return 0, syscall.ETIMEDOUT }
 
+// A writeCounter counts the writes to a connection.
+type writeCounter struct {
+	*tcptest.Conn
+	writes int
+}
+
+func (c *writeCounter) Write(p []byte) (int, error) {
+	c.writes++
+	return c.Conn.Write(p)
+}
+
 // Whatever ends the connection is why it was reset, also to the reader.
 func TestReset(t *testing.T) {
 	run(t, func(c *client) { // the reader waits for room
@@ -530,11 +584,17 @@ func TestReset(t *testing.T) {
 		}
 	})
 	run(t, func(c *client) { // the client takes nothing
+		conn := &writeCounter{Conn: c.its}
+		c.Conn.conn = conn
 		done := c.echo()
 		c.announce("<>")
 		c.announce("<>")
 		if err := <-done; err != ErrTimeout || c.Err() != ErrTimeout {
 			t.Errorf("ReadLine: %v, Err: %v", err, c.Err())
+		}
+		<-done
+		if conn.writes != 1 {
+			t.Errorf("%d writes, want 1: what is queued is thrown away", conn.writes)
 		}
 	})
 	for _, earlier := range []error{nil, syscall.EPIPE} { // what the writer heard
@@ -591,20 +651,6 @@ func TestInterrupt(t *testing.T) {
 	})
 }
 
-// The line ends of what waits at a Close are those that the line before it asks for.
-func TestCloseLineEnds(t *testing.T) {
-	run(t, func(c *client) {
-		go func() {
-			c.ReadLine()
-			c.Enqueue(NewMessage([]byte("<\n>")))
-			c.Conn.Close("\nend\n")
-		}()
-		c.send("x\r")
-		c.want("<\r\n>\r\nend\r\n")
-		c.peer.Close()
-	})
-}
-
 // A Stop does not cut short the wait after a last line.
 func TestStopWhileClosing(t *testing.T) {
 	run(t, func(c *client) {
@@ -614,18 +660,6 @@ func TestStopWhileClosing(t *testing.T) {
 		c.Conn.Close("end")
 		if d := time.Since(start); d != time.Second {
 			t.Errorf("closed after %v", d)
-		}
-	})
-}
-
-// Write returns how many bytes it was given, whatever it makes of them.
-func TestWrite(t *testing.T) {
-	run(t, func(c *client) {
-		c.send("x\r")
-		go c.ReadLine()
-		c.send("x\r")
-		if n, err := io.WriteString(c.Conn, "a\nb"); n != 3 || err != nil {
-			t.Errorf("Write: %d, %v", n, err)
 		}
 	})
 }
