@@ -166,7 +166,7 @@ func TestFlushWritesAtOnce(t *testing.T) {
 	allocations := testing.AllocsPerRun(runs-1, func() { // which runs it once before
 		c.Enqueue(m)
 		c.Write(reply)
-		if _, replies := c.waitingLocked(); replies != 1 {
+		if replies := c.repliesLocked(); replies != 1 {
 			t.Fatalf("%d replies wait, want 1", replies)
 		}
 		c.Flush()
