@@ -663,3 +663,148 @@ func TestStopWhileClosing(t *testing.T) {
 		}
 	})
 }
+
+const doTimingMark = "\xff\xfd\x06"
+
+// A timing mark is answered in its place among the replies, and is nothing in the line, however
+// it is cut. From then on line ends are \r\n.
+func TestTimingMark(t *testing.T) {
+	for sent, want := range map[string]string{
+		doTimingMark:                                                 "WONT",
+		"a\n" + doTimingMark + "b\n":                                 "a\nWONTb\r\n",
+		"a\nb" + doTimingMark + "c\nd\n":                             "a\nWONTbc\r\nd\r\n",
+		doTimingMark + doTimingMark + "\nb\r\n":                      "WONTWONT\r\nb\r\n",
+		"a\n\x1b" + doTimingMark + "[Ab\n":                           "a\nWONTb\r\n",
+		"a\r" + doTimingMark + "\nb\n":                               "a\r\nWONTb\r\n",
+		"a\n\xff\xed" + doTimingMark + "b\n":                         "a\nWONTb\r\n", // telnet's Ctrl-Z
+		"a" + doTimingMark:                                           "WONTa\r\n",    // the last line
+		"a" + doTimingMark + "\x04" + doTimingMark:                   "WONTa\r\n",
+		"a\n\xff\xfb\x06\xff\xfe\x06\xff\xfa\xff\xfd\x06\xff\xf0b\n": "a\nb\r\n", // other commands
+		"a\n\xff\xff\xfd\x06\n":                                      "a\n\xff\xfd\n",
+		strings.Repeat("x", MaxLine) + doTimingMark + "\n":           "WONT" + strings.Repeat("x", MaxLine) + "\r\n",
+		strings.Repeat("x", MaxLine) + doTimingMark + "yz\n":         "WONT",
+		strings.Repeat(doTimingMark, 300) + "a\n":                    strings.Repeat("WONT", 300) + "a\r\n",
+	} {
+		for cut := range min(len(sent), 100) + 1 {
+			run(t, func(c *client) {
+				go func() {
+					defer c.Conn.Close("")
+					for {
+						line, err := c.ReadLine()
+						if err != nil {
+							return
+						}
+						fmt.Fprintf(c.Conn, "%s\n", line)
+					}
+				}()
+				go func() {
+					io.WriteString(c.peer, sent[:cut])
+					io.WriteString(c.peer, sent[cut:])
+					c.peer.CloseWrite()
+				}()
+				synctest.Wait()
+				if received := strings.ReplaceAll(c.receive(), "\xff\xfc\x06", "WONT"); received != want {
+					t.Errorf("%.100q cut at %d: received %q, want %q", sent, cut, received, want)
+				}
+			})
+		}
+	}
+}
+
+// Beside a message that is being written, the answers to timing marks are behind it, in their
+// place among the replies.
+func TestTimingMarkWhileWriting(t *testing.T) {
+	run(t, func(c *client) {
+		c.echo()
+		c.Enqueue(droppable([]byte("<a\nlong "), []byte("text>")))
+		c.Flush()
+		first := make([]byte, len("<a\nl"))
+		io.ReadFull(c.peer, first)
+		c.send("1\n2" + doTimingMark + "2\n" + doTimingMark)
+		c.announce("<\n>")
+		c.send(doTimingMark + "3\n")
+		const mark = "\xff\xfc\x06"
+		c.want("ong text>[1]" + mark + "[22]" + mark + "<\r\n>" + mark + "[3]")
+	})
+}
+
+// The answers to timing marks are of the 64 replies that may wait: before one of them is
+// taken, the next mark is not read.
+func TestTimingMarksAreBounded(t *testing.T) {
+	const mark = "\xff\xfc\x06"
+	for name, test := range map[string]struct{ sent, replies string }{ // twice
+		"marks":           {doTimingMark + doTimingMark, mark + mark},
+		"a line between":  {doTimingMark + "1\n", mark + "[1]"},
+		"in a line":       {"1" + doTimingMark + "2\n", mark + "[12]"},
+		"a line first":    {"1\n" + doTimingMark, "[1]" + mark},
+		"marks in a line": {"1" + doTimingMark + doTimingMark, mark + mark},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(c *client) {
+				c.echo()
+				c.announce("<>")
+				for range MaxQueue / 2 {
+					c.send(test.sent)
+					if name == "marks in a line" {
+						c.send("\x7f")
+					}
+				}
+				c.mu.Lock()
+				replies := c.repliesLocked()
+				messages, bytes := len(c.queue), 0
+				for _, m := range c.queue {
+					bytes += len(m.text[0])
+				}
+				c.mu.Unlock()
+				want := strings.Repeat(test.replies, MaxQueue/2)
+				if replies != MaxQueue || messages != 1 || bytes != len(want) {
+					t.Errorf("%d replies wait in %d messages of %d bytes, want %d in one of %d", replies, messages, bytes, MaxQueue, len(want))
+				}
+				sent := make(chan error, 1)
+				go func() {
+					c.peer.SetWriteDeadline(time.Now().Add(time.Minute))
+					_, err := io.WriteString(c.peer, doTimingMark)
+					sent <- err
+				}()
+				synctest.Wait()
+				select {
+				case <-sent:
+					t.Error("a mark was read while 64 replies wait")
+				default:
+				}
+				c.want("<>" + want + mark)
+				if err := <-sent; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+	run(t, func(c *client) { // also if they come at once
+		c.echo()
+		c.announce("<>")
+		c.peer.SetWriteDeadline(time.Now().Add(time.Second))
+		n, _ := io.WriteString(c.peer, strings.Repeat(doTimingMark, 100_000))
+		synctest.Wait()
+		c.mu.Lock()
+		if replies := c.repliesLocked(); replies != MaxQueue || len(c.queue) != 1 || len(c.queue[0].text[0]) != MaxQueue*len(mark) {
+			t.Errorf("%d replies wait in %d messages", replies, len(c.queue))
+		}
+		c.mu.Unlock()
+		if n > MaxQueue*len(doTimingMark)+len(c.input) {
+			t.Errorf("%d bytes were read while nothing is taken", n)
+		}
+		c.want("<>" + strings.Repeat(mark, n/len(mark)))
+	})
+}
+
+// What comes after the last line is thrown away, timing marks too.
+func TestTimingMarkAfterLastLine(t *testing.T) {
+	run(t, func(c *client) {
+		done := c.echo()
+		c.send("close\n" + doTimingMark)
+		c.want("closed")
+		c.send(doTimingMark)
+		c.want("")
+		<-done
+	})
+}
