@@ -29,10 +29,10 @@ func bareServer() {
 		log.Fatal(err)
 	}
 	log.Printf("listening on %v; join with: nc localhost 0", listener.Addr())
-	address := strings.Repeat("a", 64)
-	welcome := []byte("validator " + address + " stakes 100 tokens\n" + rule + "\n" + bpmPrompt)
-	reply := []byte("block 1 already proposed with BPM 72: 100 of 6400 tokens so far, draw in 1h0m0s\n" + bpmPrompt)
-	announcement := []byte("\nwinning validator: " + address + " with 100 of 100 tokens\n" + bpmPrompt)
+	c := &testClient{address: strings.Repeat("a", 64), stake: 100}
+	welcome := []byte(c.greets(1, 0, time.Hour))
+	reply := []byte(c.stands(1, 72, 6400, time.Hour))
+	announcement := []byte(c.wins(100))
 	size, _ := strconv.Atoi(os.Getenv("BARE_CHAIN"))
 	chain := bytes.Repeat([]byte("x"), size)
 
@@ -87,11 +87,6 @@ func bareServer() {
 	}
 }
 
-const (
-	newsSize  = len("\nwinning validator:  with 100 of 100 tokens\n") + 64 + len(bpmPrompt)
-	replySize = len("block 1 already proposed with BPM 72: 100 of 6400 tokens so far, draw in 1h0m0s\n") + len(bpmPrompt)
-)
-
 // compare measures the bare server and the program, five times in turn, and
 // reports the medians of the program's figures and of their ratios to the bare
 // server's. An iteration of the benchmark is all of that.
@@ -139,7 +134,7 @@ func joinAll(b *testing.B, p *process, validators int) (conns []net.Conn) {
 		}
 		readBytes(b, conn, len(balancePrompt))
 		io.WriteString(conn, "100\n")
-		readBytes(b, conn, len("validator ")+64+len(" stakes 100 tokens\n"+rule+"\n")+len(bpmPrompt))
+		readReply(b, conn)
 		conns = append(conns, conn)
 	}
 	return conns
@@ -157,21 +152,31 @@ func readBytes(b *testing.B, conn net.Conn, count int) {
 	}
 }
 
-// propose sends a BPM line and reads what is said to it.
-func propose(b *testing.B, conn net.Conn) {
+// propose sends a BPM line, and reads the reply and returns its size.
+func propose(b *testing.B, conn net.Conn) int {
 	io.WriteString(conn, "72\n")
-	buf := make([]byte, 256)
-	for n := 0; !bytes.HasSuffix(buf[:n], []byte(bpmPrompt)); {
+	return readReply(b, conn)
+}
+
+// readReply reads what is said next, to its prompt, and returns its size.
+func readReply(b *testing.B, conn net.Conn) int {
+	buf := make([]byte, 512)
+	n := 0
+	for !bytes.HasSuffix(buf[:n], []byte(bpmPrompt)) {
 		more, err := conn.Read(buf[n:])
-		if n += more; err != nil {
-			b.Error(err)
-			return
+		if n += more; err != nil || n == len(buf) {
+			b.Errorf("received %q, %v, want %q at its end", buf[:n], err, bpmPrompt)
+			break
 		}
 	}
+	return n
 }
 
 // drawLine has either server draw: at once, or at the next tick.
 var drawLine = map[string]string{"bare": "D", "the program": "72\n"}
+
+// drawReplies are what comes of it.
+var drawReplies = map[string][]string{"bare": {"winning validator: "}, "the program": {"proposed with BPM 72", "winning validator: "}}
 
 // mostValidators returns as many validators as there may be descriptors for, up to 10,000.
 func mostValidators(b *testing.B) int {
@@ -203,7 +208,7 @@ func BenchmarkDraw(b *testing.B) {
 		first, last := time.Now().Add(time.Hour), time.Time{}
 		var mu sync.Mutex
 		receive := func(conn net.Conn) {
-			readBytes(b, conn, newsSize)
+			readReply(b, conn)
 			now := time.Now()
 			mu.Lock()
 			defer mu.Unlock()
@@ -226,8 +231,7 @@ func BenchmarkDraw(b *testing.B) {
 				receiving.Go(func() { receive(conn) })
 			}
 			io.WriteString(drawer, drawLine[server])
-			readUntil(b, drawn, "winning validator: ")
-			readUntil(b, drawn, bpmPrompt)
+			wantNext(b, drawn, drawReplies[server]...)
 			receiving.Wait()
 			spreads = append(spreads, last.Sub(first))
 		}
@@ -255,15 +259,18 @@ func BenchmarkLines(b *testing.B) {
 				text := []byte(strings.Repeat("72\n", lines))
 				var count atomic.Int64
 				var talking sync.WaitGroup
-				for _, conn := range conns {
-					propose(b, conn) // the reply to the first line is another
+				size := 0
+				for range 2 { // the reply to the first line is another
+					for _, conn := range conns {
+						size = propose(b, conn)
+					}
 				}
 				start := time.Now()
 				for _, conn := range conns {
 					talking.Go(func() {
 						for time.Since(start) < 2*time.Second {
 							conn.Write(text)
-							readBytes(b, conn, lines*replySize)
+							readBytes(b, conn, lines*size)
 							count.Add(int64(lines))
 						}
 					})
@@ -323,8 +330,7 @@ func BenchmarkWorstReply(b *testing.B) {
 			io.WriteString(drawer, drawLine[server])
 			go func() {
 				defer close(over)
-				readUntil(b, drawn, "winning validator: ")
-				readUntil(b, drawn, bpmPrompt)
+				wantNext(b, drawn, drawReplies[server]...)
 				time.Sleep(300 * time.Millisecond) // it is announced to the others meanwhile
 			}()
 			longest := time.Duration(0)
@@ -388,7 +394,7 @@ func BenchmarkBroadcast(b *testing.B) {
 func BenchmarkMemory(b *testing.B) {
 	file, size := newLongChainFile(b, 1_000_000)
 	for b.Loop() {
-		p := startServer(b, "the program", "CHAIN_FILE="+file)
+		p := startServer(b, "the program", "CHAIN_FILE="+file, "BROADCAST_BLOCKS=100")
 		b.ReportMetric(float64(p.memory("VmHWM"))/1e6, "MB-100-blocks")
 		p.kill(nil)
 		p = startServer(b, "the program", "CHAIN_FILE="+file, "BROADCAST_BLOCKS=0", "BROADCAST_INTERVAL=2s")

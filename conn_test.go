@@ -275,9 +275,9 @@ func standingText(s standing) string {
 	return text + fmt.Sprintf("%d tokens so far, draw in %v\n%s", s.tokens, s.drawIn, bpmPrompt)
 }
 
-// greets is the reply to the stake, in the first second of a round of 30 s without blocks.
-func (c *testClient) greets(index int) string {
-	return fmt.Sprintf("validator %s stakes %d tokens\n%s\n%s", c.address, c.stake, rule, noBPM(index, 0, 30*time.Second))
+// greets is the reply to the stake in a round of so many tokens.
+func (c *testClient) greets(index, tokens int, drawIn time.Duration) string {
+	return fmt.Sprintf("validator %s stakes %d tokens\n%s\n%s", c.address, c.stake, rule, noBPM(index, tokens, drawIn))
 }
 
 // noBPM is how a round of so many tokens stands for who has no block in it.
@@ -517,7 +517,7 @@ func TestTimingMark(t *testing.T) {
 		c.send(doMark + "1" + doMark + "00\n")
 		received := c.received.take()
 		c.address, c.stake = addressPattern.FindString(received), 100
-		if want := balancePrompt + mark + mark + crlf(c.greets(2)); received != want {
+		if want := balancePrompt + mark + mark + crlf(c.greets(2, 0, 30*time.Second)); received != want {
 			t.Errorf("received %q\nwant %q", received, want)
 		}
 	})
@@ -607,7 +607,7 @@ func TestCutAnywhere(t *testing.T) {
 			c.halfClose() // the last line counts without its end
 			received := c.received.take()
 			c.address, c.stake = addressPattern.FindString(received), 100
-			want := balancePrompt + balancePrompt + c.greets(1) + noBPM(1, 0, 30*time.Second) +
+			want := balancePrompt + balancePrompt + c.greets(1, 0, 30*time.Second) + noBPM(1, 0, 30*time.Second) +
 				c.proposes(1, 72, 100, 30*time.Second) + c.stands(1, 72, 100, 30*time.Second)
 			if want = strings.ReplaceAll(want, "\n", "\r\n"); received != want {
 				t.Errorf("cut at %d: received %q\nwant %q", cut, received, want)
@@ -729,7 +729,7 @@ func TestLineEnds(t *testing.T) {
 			c.send(sent)
 			received := c.received.take()
 			c.address, c.stake = addressPattern.FindString(received), 100
-			if want := balancePrompt + strings.ReplaceAll(c.greets(1), "\n", "\r\n"); received != want {
+			if want := balancePrompt + strings.ReplaceAll(c.greets(1, 0, 30*time.Second), "\n", "\r\n"); received != want {
 				t.Errorf("after %q received %q\nwant %q", sent, received, want)
 			}
 			terminals = append(terminals, c)

@@ -111,7 +111,7 @@ func start(t testing.TB, env ...string) *process {
 // startCommand is start for what program has returned.
 func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 	t.Helper()
-	cmd.Env = append(cmd.Env, "PORT=0", "HOST=localhost")
+	cmd.Env = append([]string{"PORT=0", "HOST=localhost"}, cmd.Env...) // the later of two counts
 	p := &process{Cmd: cmd, logged: make(chan struct{})}
 	stderr, err := p.StderrPipe()
 	if err != nil {
@@ -138,6 +138,8 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *process {
 		}
 		if match := listening.FindStringSubmatch(line); match != nil {
 			p.address = match[1]
+		} else if strings.Contains(line, " a draw every ") {
+			t.Fatalf("logged %s\nwant a line before that like %v", logged, listening)
 		}
 	}
 	io.WriteString(&p.stderr, logged)
@@ -175,11 +177,41 @@ func readUntil(t testing.TB, r io.ByteReader, text string) string {
 	for !bytes.HasSuffix(received, []byte(text)) {
 		b, err := r.ReadByte()
 		if err != nil {
-			t.Fatalf("received %q and then %v, want %q", received, err, text)
+			t.Fatalf("received %q at last, and then %v\nwant     %q", received[max(0, len(received)-1000):], err, text)
 		}
 		received = append(received, b)
 	}
 	return string(received)
+}
+
+// readMessage reads one message of the program: to the end of a prompt, or to the end of all.
+func readMessage(r io.ByteReader) (message string, err error) {
+	var received []byte
+	for !bytes.HasSuffix(received, []byte(bpmPrompt)) && !bytes.HasSuffix(received, []byte(balancePrompt)) {
+		b, err := r.ReadByte()
+		if err != nil {
+			return string(received), err
+		}
+		received = append(received, b)
+	}
+	return string(received), nil
+}
+
+// wantNext reads the next messages, broadcasts left out. Each of them must have the text in it,
+// or else the test ends now, and not when nothing more comes. wantNext returns the last of them.
+func wantNext(t testing.TB, r io.ByteReader, texts ...string) (last string) {
+	t.Helper()
+	for _, text := range texts {
+		message, err := readMessage(r)
+		for strings.HasPrefix(message, "\n[{") && err == nil {
+			message, err = readMessage(r)
+		}
+		if !strings.Contains(message, text) {
+			t.Fatalf("received %q, %v\nwant     %q in it", message, err, text)
+		}
+		last = message
+	}
+	return last
 }
 
 // sendLine sends a line.
@@ -194,27 +226,27 @@ func TestProgram(t *testing.T) {
 	t.Parallel()
 	p := start(t, "ROUND_INTERVAL=300ms", "BROADCAST_INTERVAL=1s", "CHAIN_FILE=")
 	one, two := p.dial(t), p.dial(t)
-	readUntil(t, one, "Enter token balance:")
+	wantNext(t, one, balancePrompt)
 	sendLine(t, one, "100")
-	received := readUntil(t, one, "\n\nEnter a new BPM:")
-	address := strings.Fields(received)[1]
+	winner := &testClient{address: addressPattern.FindString(wantNext(t, one, " stakes 100 tokens\n")), stake: 100}
+	wantNext(t, two, balancePrompt)
 	sendLine(t, two, "300")
-	readUntil(t, two, " stakes 300 tokens\n"+rule+"\n\nEnter a new BPM:")
+	wantNext(t, two, " stakes 300 tokens\n")
 	sendLine(t, one, "72")
-	readUntil(t, one, "block 1 proposed with BPM 72: 100 of 100 tokens so far, draw in 0s\n\nEnter a new BPM:")
-	for c, you := range map[tcpClient]string{one: " (you)", two: ""} {
-		readUntil(t, c, "\nwinning validator: "+address+you+" with 100 of 100 tokens\n\nEnter a new BPM:")
-		text := readUntil(t, c, "]\n\nEnter a new BPM:")
+	wantNext(t, one, winner.proposes(1, 72, 100, 0))
+	for c, won := range map[tcpClient]string{one: winner.won(100), two: winner.wins(100)} {
+		wantNext(t, c, won)
+		text, err := readMessage(c)
 		var chain []Block
-		if err := json.Unmarshal([]byte(strings.TrimSuffix(text, bpmPrompt)), &chain); err != nil || len(chain) != 2 {
-			t.Errorf("%v in %q", err, text)
+		if err := errors.Join(err, json.Unmarshal([]byte(strings.TrimSuffix(text, bpmPrompt)), &chain)); err != nil || len(chain) != 2 {
+			t.Errorf("received %q, %v, want a chain of two blocks", text, err)
 		}
 	}
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []tcpClient{one, two} {
-		readUntil(t, c, "\nserver shutting down\n")
+		wantNext(t, c, shuttingDown)
 		if _, err := c.ReadByte(); err != io.EOF {
 			t.Errorf("after the last line: %v, want EOF", err)
 		}
@@ -235,7 +267,7 @@ func TestKill(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "chain.jsonl")
 	winner := regexp.MustCompile("winning validator: ([0-9a-f]{64}) ")
 	known, announced := 0, 0 // blocks before, winners in all
-	for kills := 0; kills < 24 || announced == 0 && kills < 240; kills++ {
+	for kills := 0; !t.Failed() && (kills < 24 || announced == 0 && kills < 240); kills++ {
 		p := start(t, "ROUND_INTERVAL=2ms", "CHAIN_FILE="+file)
 		received := make([]buffer, 3)
 		var playing sync.WaitGroup
@@ -248,7 +280,12 @@ func TestKill(t *testing.T) {
 				defer conn.Close()
 				r := bufio.NewReader(io.TeeReader(conn, &received[i]))
 				for line := "100\n"; ; line = "72\n" {
-					if _, err := r.ReadString(':'); err != nil {
+					message, err := readMessage(r)
+					if err != nil {
+						return
+					}
+					if strings.HasPrefix(message, "\n") && !winner.MatchString(message) {
+						t.Errorf("received %q\nwant     %v in it", message, winner)
 						return
 					}
 					io.WriteString(conn, line)
@@ -319,10 +356,7 @@ func TestFileTakenAway(t *testing.T) {
 	}
 	c := p.dial(t)
 	sendLine(t, c, "100\n72")
-	received := readUntil(t, c, "\nserver shutting down\n")
-	if strings.Contains(received, "winning") {
-		t.Errorf("received %q", received)
-	}
+	wantNext(t, c, balancePrompt, " stakes 100 tokens\n", " proposed with BPM 72", shuttingDown)
 	<-p.logged
 	p.Wait()
 	if log := p.stderr.take(); p.ProcessState.ExitCode() != 1 || !strings.Contains(log, "the chain cannot go on: "+file+" was deleted while the server ran\n") {
@@ -404,7 +438,7 @@ func TestSecondServer(t *testing.T) {
 		}
 		c := first.dial(t)
 		sendLine(t, c, "100\n72")
-		readUntil(t, c, " (you) with 100 of 100 tokens\n")
+		wantNext(t, c, balancePrompt, " stakes 100 tokens\n", " proposed with BPM 72", " (you) with 100 of 100 tokens\n")
 		first.Process.Kill()
 		first.Wait()
 		text = readFile(t, file)
@@ -414,13 +448,69 @@ func TestSecondServer(t *testing.T) {
 // The program's limits are those of its settings.
 func TestLimitsAreSet(t *testing.T) {
 	t.Parallel()
-	p := start(t, "CHAIN_FILE=", "MAX_STAKE=50", "MAX_VALIDATORS=1")
+	p := start(t, "CHAIN_FILE=", "MAX_STAKE=50", "MAX_VALIDATORS=2", "MAX_PER_ADDRESS=1")
 	c := p.dial(t)
-	readUntil(t, c, "Enter token balance:")
-	readUntil(t, p.dial(t), "server full, try again later\n")
+	wantNext(t, c, balancePrompt)
+	wantNext(t, p.dial(t), tooMany)
 	sendLine(t, c, "51")
-	if line, err := c.ReadString('\n'); line != "token balance must be a whole number from 1 to 50, got \"51\"\n" {
-		t.Errorf("%q, %v", line, err)
+	wantNext(t, c, badBalance(50, `"51"`))
+
+	p = start(t, "CHAIN_FILE=", "MAX_VALIDATORS=1")
+	wantNext(t, p.dial(t), balancePrompt)
+	wantNext(t, p.dial(t), full)
+}
+
+// The places of one address, or of one /64, are its own. One is free again when its client has
+// hung up and, if that has staked, its draw is over.
+func TestPlacesOfAddresses(t *testing.T) {
+	t.Parallel()
+	p := start(t, "CHAIN_FILE=", "HOST=", "MAX_PER_ADDRESS=2", "ROUND_INTERVAL=300ms")
+	_, port, _ := net.SplitHostPort(p.address)
+	dial := func(from string) tcpClient {
+		t.Helper()
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		to := "127.0.0.1"
+		if strings.Contains(from, ":") {
+			to = "::1"
+		}
+		conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(to, port))
+		if err != nil {
+			t.Skip(err) // not every system has them all
+		}
+		t.Cleanup(func() { conn.Close() })
+		conn.SetDeadline(time.Now().Add(waitLimit))
+		return tcpClient{conn.(*net.TCPConn), bufio.NewReader(conn)}
+	}
+	addresses := []string{"127.0.0.1", "127.0.0.2"}
+	if listener, err := net.Listen("tcp", "[::1]:0"); err == nil {
+		listener.Close()
+		addresses = append(addresses, "::1")
+	}
+	for _, from := range addresses {
+		one, two := dial(from), dial(from)
+		for _, c := range []tcpClient{one, two} {
+			wantNext(t, c, balancePrompt)
+		}
+		wantNext(t, dial(from), tooMany)
+		sendLine(t, one, "100\n72")
+		wantNext(t, one, " stakes 100 tokens\n", " proposed with BPM 72")
+		for _, c := range []tcpClient{one, two} {
+			c.Close()
+			received, end := "", time.Now().Add(waitLimit)
+			for received != balancePrompt { // the server has to hear of it, and the draw to come
+				if received != "" && received != tooMany || time.Now().After(end) {
+					t.Fatalf("from %s after a hang-up: received %q, want %q", from, received, balancePrompt)
+				}
+				again := dial(from)
+				if received, _ = readMessage(again); received == tooMany {
+					again.Close() // or a hundred of them would be waited for
+				}
+			}
+		}
+		wantNext(t, dial(from), tooMany)
+	}
+	if log := p.stderr.peek(); !strings.Contains(log, " 127.0.0.2:") || !strings.Contains(log, " refused: too many connections from your address\n") {
+		t.Errorf("logged %s", log)
 	}
 }
 
@@ -429,9 +519,9 @@ func TestSecondInterrupt(t *testing.T) {
 	t.Parallel()
 	p := start(t, "CHAIN_FILE=")
 	c := p.dial(t)
-	readUntil(t, c, "Enter token balance:")
+	wantNext(t, c, balancePrompt)
 	p.Process.Signal(os.Interrupt)
-	readUntil(t, c, "server shutting down\n") // and now it waits for the client to close
+	wantNext(t, c, shuttingDown) // and now it waits for the client to close
 	go func() {
 		for p.Process.Signal(os.Interrupt) == nil { // until one comes after the first has been handled
 			<-time.After(100 * time.Millisecond)
@@ -448,9 +538,9 @@ func TestHangup(t *testing.T) {
 	t.Parallel()
 	p := start(t, "CHAIN_FILE=")
 	c := p.dial(t)
-	readUntil(t, c, "Enter token balance:")
+	wantNext(t, c, balancePrompt)
 	p.Process.Signal(syscall.SIGHUP)
-	readUntil(t, c, "\nserver shutting down\n") // and now it waits for the client to close
+	wantNext(t, c, shuttingDown) // and now it waits for the client to close
 	go func() {
 		for p.Process.Signal(syscall.SIGHUP) == nil {
 			<-time.After(10 * time.Millisecond)
@@ -598,14 +688,16 @@ func TestOutputsAreReadAgain(t *testing.T) {
 	const disqualified = 1700
 	for range disqualified {
 		c := p.dial(t)
-		sendLine(t, c, "1\n"+strings.Repeat("\x01", lineconn.MaxLine))
-		readUntil(t, c, " forfeited\n")
+		bad := strings.Repeat("\x80", lineconn.MaxLine) // four times as long in the log
+		sendLine(t, c, "1\n"+bad)
+		wantNext(t, c, balancePrompt, " stakes 1 tokens\n", (&testClient{stake: 1}).forfeits(strconv.Quote(bad)))
 		c.Close()
 	}
 
 	var blocks []byte
 	var reading sync.WaitGroup
 	reading.Go(func() { blocks, _ = io.ReadAll(stdout) })
+	defer time.AfterFunc(waitLimit, func() { p.Process.Kill() }).Stop() // what is not logged does not come
 	lines := readUntil(t, log, " left out of ")
 	lines += readUntil(t, log, " left out of ") // in either order
 	win(t, p, 1)                                // and all is as ever
@@ -712,8 +804,15 @@ func startUnread(t *testing.T, nonBlocking moment) (p *process, stdout, log *buf
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.kill() })
-	started := readUntil(t, readers[1], "a draw every 1ms, a broadcast of the chain every 1h0m0s\n")
-	p.address = listening.FindStringSubmatch(started)[1]
+	started := ""
+	for range 3 { // the address, the chain, the intervals
+		started += readUntil(t, readers[1], "\n")
+	}
+	match := listening.FindStringSubmatch(started)
+	if want := " a draw every 1ms, a broadcast of the chain every 1h0m0s\n"; match == nil || !strings.HasSuffix(started, want) {
+		t.Fatalf("logged %q\nwant %v and then %q", started, listening, want)
+	}
+	p.address = match[1]
 	if nonBlocking == afterStart {
 		sharing := exec.Command("sh", "-c", makeNonBlocking)
 		sharing.Stdout, sharing.Stderr = cmd.Stdout, cmd.Stderr
@@ -729,10 +828,10 @@ func win(t *testing.T, p *process, draws int) {
 	t.Helper()
 	c := p.dial(t)
 	sendLine(t, c, "100")
+	wantNext(t, c, balancePrompt, " stakes 100 tokens\n")
 	for range draws {
-		readUntil(t, c, bpmPrompt)
 		sendLine(t, c, "72")
-		readUntil(t, c, "(you)")
+		wantNext(t, c, " proposed with BPM 72", "(you)")
 	}
 }
 
@@ -781,8 +880,7 @@ func TestNobodyReadsTheBlocks(t *testing.T) {
 	blocks.Close()
 	c := p.dial(t)
 	sendLine(t, c, "100\n72")
-	readUntil(t, c, "winning validator: ")
-	readUntil(t, c, bpmPrompt)
+	wantNext(t, c, balancePrompt, " stakes 100 tokens\n", " proposed with BPM 72", "winning validator: ")
 	p.Process.Signal(syscall.SIGTERM)
 	<-p.logged
 	if err := p.Wait(); err != nil {
@@ -800,11 +898,11 @@ func TestHalfClosedReadsLate(t *testing.T) {
 	p := start(t, "CHAIN_FILE=", "ROUND_INTERVAL=200ms")
 	other := p.dial(t)
 	sendLine(t, other, "1")
-	readUntil(t, other, bpmPrompt) // and it will hear of the first draw
+	wantNext(t, other, balancePrompt, " stakes 1 tokens\n") // and it will hear of the first draw
 	c := p.dial(t)
 	sendLine(t, c, "100\n72")
 	c.CloseWrite()
-	readUntil(t, other, "winning validator: ")
+	wantNext(t, other, "winning validator: ")
 	<-time.After(3 * time.Second)
 	received, err := io.ReadAll(c)
 	if err != nil || !strings.HasSuffix(string(received), " (you) with 100 of 100 tokens\n") {
@@ -880,7 +978,7 @@ func TestNoDescriptors(t *testing.T) {
 	p := startCommand(t, cmd)
 	connected := p.dial(t)
 	sendLine(t, connected, "100")
-	readUntil(t, connected, " stakes 100 tokens\n"+rule+"\n\nEnter a new BPM:")
+	wantNext(t, connected, balancePrompt, " stakes 100 tokens\n")
 	var others []net.Conn
 	for range 60 {
 		conn, err := net.Dial("tcp", p.address)
@@ -891,14 +989,13 @@ func TestNoDescriptors(t *testing.T) {
 		others = append(others, conn)
 	}
 	sendLine(t, connected, "72")
-	readUntil(t, connected, " tokens so far, draw in ")
-	readUntil(t, connected, "winning validator: ")
+	wantNext(t, connected, " tokens so far, draw in ", "winning validator: ")
 	for _, conn := range others[:40] {
 		conn.Close()
 	}
 	for _, conn := range others[40:] {
 		conn.SetDeadline(time.Now().Add(waitLimit))
-		readUntil(t, bufio.NewReader(conn), "Enter token balance:")
+		wantNext(t, bufio.NewReader(conn), balancePrompt)
 	}
 	if log := p.stderr.take(); !strings.Contains(log, "too many open files") {
 		t.Errorf("logged %s", log)
@@ -1006,7 +1103,7 @@ func TestSoak(t *testing.T) {
 	defer conn.Close()
 	observer := bufio.NewReader(conn)
 	io.WriteString(conn, "1\n")
-	readUntil(t, observer, " stakes 1 tokens\n")
+	wantNext(t, observer, balancePrompt, " stakes 1 tokens\n")
 	var observed []string
 	var observing sync.WaitGroup
 	observing.Go(func() { observed = readWinners(observer) })
@@ -1166,7 +1263,7 @@ func (p *process) cpu() (total time.Duration) {
 	return total
 }
 
-var settingKeys = []string{"PORT", "HOST", "ROUND_INTERVAL", "BROADCAST_INTERVAL", "BROADCAST_BLOCKS", "CHAIN_FILE", "MAX_VALIDATORS", "MAX_STAKE"}
+var settingKeys = []string{"PORT", "HOST", "ROUND_INTERVAL", "BROADCAST_INTERVAL", "BROADCAST_BLOCKS", "CHAIN_FILE", "MAX_VALIDATORS", "MAX_PER_ADDRESS", "MAX_STAKE"}
 
 // inDirectory has the rest of the test run in an empty directory with this .env,
 // if it is not empty, and with no settings in the environment.
@@ -1192,7 +1289,7 @@ func TestDefaults(t *testing.T) {
 		host:              setting{key: "HOST"},
 		roundInterval:     30 * time.Second,
 		broadcastInterval: time.Minute,
-		broadcastBlocks:   100,
+		broadcastBlocks:   3,
 		chainFile:         setting{"CHAIN_FILE", "chain.jsonl", ""},
 		maxValidators:     10000,
 		maxStake:          1_000_000_000_000,
@@ -1208,7 +1305,7 @@ func TestDefaults(t *testing.T) {
 
 // First the environment, then .env, then the defaults; set but empty is set.
 func TestPrecedence(t *testing.T) {
-	inDirectory(t, "PORT=1\nROUND_INTERVAL=1s\nCHAIN_FILE=mine.jsonl\nHOST=localhost\nUNRELATED=x")
+	inDirectory(t, "PORT=1\nROUND_INTERVAL=1s\nCHAIN_FILE=mine.jsonl\nHOST=localhost\nMAX_PER_ADDRESS=7\nUNRELATED=x")
 	t.Setenv("PORT", "2")
 	t.Setenv("CHAIN_FILE", "")
 	got, _, err := readSettings()
@@ -1217,9 +1314,10 @@ func TestPrecedence(t *testing.T) {
 		host:              setting{"HOST", "localhost", " (from .env)"},
 		roundInterval:     time.Second,
 		broadcastInterval: time.Minute,
-		broadcastBlocks:   100,
+		broadcastBlocks:   3,
 		chainFile:         setting{"CHAIN_FILE", "", " (from the environment)"},
 		maxValidators:     10000,
+		maxPerAddress:     7,
 		maxStake:          1_000_000_000_000,
 	}
 	if err != nil || got != want {
@@ -1254,6 +1352,8 @@ func TestBadSettings(t *testing.T) {
 		{"BROADCAST_BLOCKS", "-1", ": it must be a whole number from 0 to 9223372036854775807"},
 		{"MAX_VALIDATORS", "0", ": it must be a whole number from 1 to 1000000"},
 		{"MAX_VALIDATORS", "1000001", ": it must be a whole number from 1 to 1000000"},
+		{"MAX_PER_ADDRESS", "-1", ": it must be a whole number from 0 to 1000000"},
+		{"MAX_PER_ADDRESS", "1000001", ": it must be a whole number from 0 to 1000000"},
 		{"MAX_STAKE", "0", ": it must be a whole number from 1 to 1000000000000"},
 		{"MAX_STAKE", "1000000000001", ": it must be a whole number from 1 to 1000000000000"},
 		{"MAX_STAKE", "a\x1b[31m\u202eb", ": it must be a whole number from 1 to 1000000000000"},
@@ -1437,7 +1537,13 @@ func TestHost(t *testing.T) {
 			if want := fmt.Sprintf(test.want, port, port); !strings.HasSuffix(line, " "+want) {
 				t.Errorf("logged %q, want %q", line, want)
 			}
-			others := readUntil(t, log, "the chain is in memory only")
+			others := ""
+			for next := " from other machines: "; strings.Contains(next, " from other machines: "); others += next {
+				next = readUntil(t, log, "\n")
+			}
+			if want := " the chain is in memory only, since CHAIN_FILE is empty\n"; !strings.HasSuffix(others, want) {
+				t.Errorf("logged %q\nwant %q at its end", others, want)
+			}
 			commands := regexp.MustCompile(`from other machines: nc (\S+) (\d+)\n`).FindAllStringSubmatch(others, -1)
 			address := netip.MustParseAddrPort(regexp.MustCompile(`listening on ([^;]+);`).FindStringSubmatch(line)[1])
 			if addrs, _ := net.InterfaceAddrs(); len(commands) != len(reachable(address.Addr(), addrs)) || address.Addr().IsLoopback() && commands != nil {
