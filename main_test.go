@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -1301,6 +1302,91 @@ func TestDefaults(t *testing.T) {
 	if err != nil || len(defaults) != len(settingKeys) {
 		t.Errorf(".env.example has %d settings, want %d; %v", len(defaults), len(settingKeys), err)
 	}
+}
+
+// What README.md, docs/ and .env.example give as defaults and limits is the program's.
+func TestDocs(t *testing.T) {
+	const readme, protocol, class, example = "README.md", "docs/protocol.md", "docs/class.md", ".env.example"
+	texts := make(map[string]string)
+	for _, name := range []string{readme, protocol, class, example} {
+		texts[name] = string(readFile(t, name))
+	}
+	inDirectory(t, "")
+	defaults, err := godotenv.Unmarshal(envExample)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// A row of each setting, with its default and, in protocol.md, what is accepted.
+	for _, key := range settingKeys {
+		accepted := ""
+		t.Setenv(key, "x")
+		if _, _, err := readSettings(); err != nil {
+			accepted = regexp.MustCompile("[0-9]+ to [0-9]+|at least 1ms").FindString(err.Error())
+		}
+		os.Unsetenv(key)
+		if key == "BROADCAST_BLOCKS" {
+			accepted = "0 or more"
+		} else if comment := commentOf(texts[example], key); !strings.Contains(comment, accepted) {
+			t.Errorf("%s says of %s %q, but the program accepts %s", example, key, comment, accepted)
+		}
+		for _, name := range []string{readme, protocol} {
+			row := regexp.MustCompile("(?m)^\\| `" + key + "` \\| ([^|]*) \\|(.*)").FindStringSubmatch(texts[name])
+			if row == nil {
+				t.Errorf("%s has no row for the setting %s", name, key)
+			} else if want := cmp.Or(defaults[key], "empty"); row[1] != want {
+				t.Errorf("%s gives %q as the default of %s, which is %s", name, row[1], key, want)
+			} else if name == protocol && !strings.Contains(row[2], accepted) {
+				t.Errorf("%s says of %s %q, but the program accepts %s", name, key, row[2], accepted)
+			}
+		}
+	}
+
+	// Each number in the place of N; at least one of the sentences is there.
+	digits := func(n int) int { return len(strconv.Itoa(n)) }
+	seconds := func(d time.Duration) string { return fmt.Sprint(math.Ceil(d.Seconds())) }
+	for _, limit := range []struct {
+		name, sentences string
+		want            any
+	}{
+		{readme, "at most N digits", digits(maxBPM)},
+		{class, "at most N digits", digits(maxBPM)},
+		{protocol, "at most N digits|more than N digits|a BPM [|] N digits", digits(maxBPM)},
+		{protocol, "A BPM is from −N to|A BPM is from −[0-9]+ to N", maxBPM},
+		{readme, "whole number from 1 to N", maxStake},
+		{protocol, "at most 10\\^N tokens", digits(maxStake) - 1},
+		{protocol, "a line from a client[^|]*[|] N bytes|cut to N bytes", lineconn.MaxLine},
+		{protocol, "too long as soon as it has N bytes", lineconn.MaxLine + 1},
+		{protocol, "N messages|announcements and broadcasts that wait[^|]*[|] N", lineconn.MaxQueue},
+		{protocol, "when N replies|replies that wait[^|]*[|] N", lineconn.MaxQueue},
+		{protocol, "at most N clients|and N more that are told", maxRefusals},
+		{protocol, "no token balance within N", balanceLimit},
+		{protocol, "time for the stake [|] N minutes", balanceLimit.Minutes()},
+		{protocol, "keep-alive for N s|The N seconds are the system's|without an acknowledgement [|] N seconds", seconds(lineconn.Timeout)},
+		{protocol, "block[^.|]* has at most N bytes|a block in the file [|] N bytes", maxBlock},
+		{protocol, "has not answered within N;", stopLimit},
+		{protocol, "the stop [|] N seconds", seconds(stopLimit + flushLimit + flushLimit/4)},
+		{readme, "nc localhost N", defaults["PORT"]},
+	} {
+		text := strings.Join(strings.Fields(texts[limit.name]), " ")
+		pattern := regexp.MustCompile(strings.ReplaceAll(limit.sentences, "N", "([0-9][0-9.hms]*)"))
+		matches := pattern.FindAllStringSubmatch(text, -1)
+		if matches == nil {
+			t.Errorf("%s does not say %q, which is %v", limit.name, limit.sentences, limit.want)
+		}
+		for _, match := range matches {
+			if number := strings.Join(match[1:], ""); number != fmt.Sprint(limit.want) {
+				t.Errorf("%s says %q, but it is %v", limit.name, match[0], limit.want)
+			}
+		}
+	}
+}
+
+// commentOf returns the comment above a key in .env.example, as one line.
+func commentOf(example, key string) string {
+	above, _, _ := strings.Cut(example, "\n"+key+"=")
+	comment := above[strings.LastIndex(above, "\n\n")+1:]
+	return strings.Join(strings.Fields(strings.ReplaceAll(comment, "#", "")), " ")
 }
 
 // First the environment, then .env, then the defaults; set but empty is set.
