@@ -272,7 +272,7 @@ func standingText(s standing) string {
 		}
 		text = fmt.Sprintf("block %d%s proposed with BPM %d: %d of ", s.index, already, s.bpm, s.stake)
 	}
-	return text + fmt.Sprintf("%d tokens so far, draw in %v\n%s", s.tokens, s.drawIn, bpmPrompt)
+	return text + fmt.Sprintf("%d tokens so far, draw in %v\n%s", s.tokens, s.drawIn.Round(time.Second), bpmPrompt)
 }
 
 // greets is the reply to the stake in a round of so many tokens.
@@ -966,7 +966,7 @@ func TestMaxPerAddress(t *testing.T) {
 		unstaked.want(balancePrompt)
 		ts.log.take()
 		ts.connect().wantClosed(tooMany)
-		ts.wantLog("pipe refused: too many connections from your address\n")
+		ts.wantLog("pipe refused: too many connections from its address\n")
 		unstaked.Close()
 		synctest.Wait()
 		second := ts.join(200)

@@ -510,7 +510,7 @@ func TestPlacesOfAddresses(t *testing.T) {
 		}
 		wantNext(t, dial(from), tooMany)
 	}
-	if log := p.stderr.peek(); !strings.Contains(log, " 127.0.0.2:") || !strings.Contains(log, " refused: too many connections from your address\n") {
+	if log := p.stderr.peek(); !strings.Contains(log, " 127.0.0.2:") || !strings.Contains(log, " refused: too many connections from its address\n") {
 		t.Errorf("logged %s", log)
 	}
 }
