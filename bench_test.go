@@ -352,6 +352,52 @@ func BenchmarkWorstReply(b *testing.B) {
 	})
 }
 
+// One validator proposes a block in each round while 2,000 others read nothing and a chain of
+// 12,000 blocks is broadcast to all: how late it hears of a draw, and the most memory that the
+// program takes. They are the medians of five runs, which end long before the 45 s after which
+// the others are dropped.
+//
+// A draw's time is the modification time of the chain's file, which the system sets as it writes
+// the block. It may be read late, since the next block is proposed only after that. The sync is
+// in the lateness, and so is up to one tick of the system's clock, 1 to 10 ms.
+func BenchmarkLateDraw(b *testing.B) {
+	const validators, draws = 2000, 5
+	var late, memory []float64 // of each run
+	for b.Loop() {
+		for range 5 {
+			file, _ := newLongChainFile(b, 12_000)
+			p := startServer(b, "the program", "CHAIN_FILE="+file, "BROADCAST_BLOCKS=0", "BROADCAST_INTERVAL=1.5s", "ROUND_INTERVAL=1s")
+			conns := joinAll(b, p, validators)
+			drawer := joinAll(b, p, 1)[0] // the last one that is written to
+			drawn := bufio.NewReaderSize(drawer, 64<<10)
+			worst := time.Duration(0)
+			for range draws {
+				io.WriteString(drawer, "72\n")
+				for line := ""; !strings.HasPrefix(line, "winning validator: "); {
+					var err error
+					if line, err = drawn.ReadString('\n'); err != nil { // readUntil would be too slow for the chain
+						b.Fatal(err)
+					}
+				}
+				heard := time.Now()
+				info, err := os.Stat(file)
+				if err != nil {
+					b.Fatal(err)
+				}
+				worst = max(worst, heard.Sub(info.ModTime()))
+			}
+			late = append(late, float64(worst)/1e6)
+			memory = append(memory, float64(p.memory("VmHWM"))/1e6)
+			p.kill(conns, []net.Conn{drawer})
+		}
+	}
+	slices.Sort(late)
+	slices.Sort(memory)
+	b.ReportMetric(late[len(late)/2], "ms-late")
+	b.ReportMetric(memory[len(memory)/2], "MB")
+	b.ReportMetric(0, "ns/op")
+}
+
 // The whole chain, 10,000 blocks, is broadcast to 200 validators.
 func BenchmarkBroadcast(b *testing.B) {
 	const validators, broadcasts = 200, 10
