@@ -1322,7 +1322,8 @@ func TestDocs(t *testing.T) {
 		accepted := ""
 		t.Setenv(key, "x")
 		if _, _, err := readSettings(); err != nil {
-			accepted = regexp.MustCompile("[0-9]+ to [0-9]+|at least 1ms").FindString(err.Error())
+			line := regexp.MustCompile("for " + key + " .*").FindString(err.Error())
+			accepted = regexp.MustCompile("[0-9]+ to [0-9]+|at least 1ms").FindString(line)
 		}
 		os.Unsetenv(key)
 		if key == "BROADCAST_BLOCKS" {
