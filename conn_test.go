@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -801,12 +802,20 @@ func TestNoBalance(t *testing.T) {
 // A client that hangs up before it has staked leaves no validator.
 func TestHangUpBeforeBalance(t *testing.T) {
 	runServer(t, func(ts *testServer) {
-		for _, sent := range []string{"", "\n", " "} {
+		for _, test := range []struct{ sent, received string }{
+			{"", balancePrompt},
+			{"\n", balancePrompt + balancePrompt},
+			{" ", balancePrompt + balancePrompt},
+		} {
+			ts.log.take()
 			c := ts.connect()
-			c.send(sent)
+			c.send(test.sent)
 			c.halfClose()
-			c.received.take()
-			c.wantClosed("")
+			ts.advance(time.Second)
+			c.wantClosed(test.received)
+			if logged := ts.log.take(); logged != "" {
+				t.Errorf("logged %q", logged)
+			}
 		}
 		ts.wantValidators(0, 0)
 	})
@@ -830,6 +839,9 @@ func TestHalfClose(t *testing.T) {
 		ts.advance(30 * time.Second) // a draw, and then a broadcast, which it does not receive
 		c.wantClosed(strings.TrimSuffix(c.won(100), bpmPrompt))
 		ts.wantValidators(0, 0)
+		if logged := ts.log.take(); strings.Count(logged, "\n") != 1 || !strings.Contains(logged, " wins ") {
+			t.Errorf("logged %q, want the winner alone", logged)
+		}
 	})
 }
 
@@ -1157,9 +1169,9 @@ func TestBehind(t *testing.T) {
 		for range 64 { // and one waits already
 			c.send("72\n")
 			ts.advance(10 * time.Millisecond)
-			logged = ts.log.take()
+			logged += ts.log.take()
 		}
-		if !strings.Contains(logged, " dropped: it is 64 messages behind; its stake counts until the next draw\n") {
+		if !strings.Contains(logged, " dropped: it is 64 messages behind; its stake counts until the next draw\n") || strings.Count(logged, " dropped: ") != 1 {
 			t.Errorf("logged %q", logged)
 		}
 		c.send("72\n")
@@ -1176,6 +1188,70 @@ func TestBehind(t *testing.T) {
 		ts.advance(30 * time.Second)
 		ts.wantLog(" dropped: it is 64 messages behind\n")
 		ts.wantValidators(0, 0)
+	})
+}
+
+// Broadcasts alone drop nobody: who takes nothing gets one of them, and then the next.
+func TestOneBroadcastAtATime(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		c := ts.joinStalled()
+		for range 2 + lineconn.MaxQueue {
+			ts.broadcast(ts.lottery.chain.latest())
+			synctest.Wait()
+		}
+		ts.wantValidators(1, 1)
+		go io.Copy(&c.received, c.Conn)
+		c.want(ts.chain())
+		ts.broadcast(ts.lottery.chain.latest())
+		c.want(ts.chain())
+	})
+}
+
+// A busyConn is a connection to which writes that do not wait take their time while it is busy.
+type busyConn struct {
+	*tcptest.Conn
+	busy sync.Mutex
+}
+
+func (c *busyConn) SyscallConn() (syscall.RawConn, error) { return busyRawConn{&c.busy}, nil }
+
+type busyRawConn struct{ busy *sync.Mutex }
+
+func (busyRawConn) Control(func(uintptr)) error   { return nil }
+func (busyRawConn) Read(func(uintptr) bool) error { return nil }
+func (c busyRawConn) Write(func(uintptr) bool) error {
+	for !c.busy.TryLock() { // Lock would stop the clock
+		time.Sleep(time.Millisecond)
+	}
+	c.busy.Unlock()
+	return nil
+}
+
+// A draw does not get ahead of its announcement: announce returns when everybody has been
+// written to, as far as that goes at once.
+func TestAnnounceFlushes(t *testing.T) {
+	runServer(t, func(ts *testServer) {
+		mine, its := tcptest.Pipe()
+		conn := &busyConn{Conn: its}
+		ts.Cleanup(func() { mine.Close() })
+		ts.listener.Accepts <- net.Conn(conn)
+		go io.Copy(io.Discard, mine)
+		io.WriteString(mine, "1\n")
+		synctest.Wait()
+		ts.wantValidators(1, 1)
+		conn.busy.Lock()
+		announced := time.Duration(0)
+		start := time.Now()
+		go func() {
+			ts.announce(new(validator), 0)
+			announced = time.Since(start)
+		}()
+		ts.advance(10 * time.Millisecond)
+		conn.busy.Unlock()
+		ts.advance(10 * time.Millisecond)
+		if announced < 10*time.Millisecond {
+			t.Errorf("announced after %v, while a write went on for 10ms", announced)
+		}
 	})
 }
 
