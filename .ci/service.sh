@@ -232,7 +232,7 @@ log_lines() {
 	while read -r text; do
 		grep -qF --exclude="*_test.go" -- "$text" ./*.go internal/*/*.go || fail "$page says that the log has '$text'"
 	done < <(awk -F ' [|] ' '/^[|] .*`/ { print $1 }' "$page" | grep -o '`[^`]*`' | sed -E 's/[A-Z_]{2,}/\n/g' |
-		sed -E 's/^[^a-z]+//; s/[^a-z]+$//' | grep ' ')
+		sed -E 's/^[^a-z]+//; s/[^a-z]+$//; s/^refused: //' | grep ' ')
 	pass 'service: the lines of the log'
 }
 
