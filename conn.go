@@ -109,8 +109,7 @@ func (s *server) serve(ctx context.Context, listener net.Listener) {
 // and of IPv6 the first 64 bits, since any host may choose the rest.
 func networkOf(address net.Addr) netip.Prefix {
 	client, _ := netip.ParseAddrPort(address.String())
-	ip := client.Addr().Unmap()
-	network, _ := ip.Prefix(min(ip.BitLen(), 64))
+	network, _ := client.Addr().Prefix(min(client.Addr().BitLen(), 64))
 	return network
 }
 
