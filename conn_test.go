@@ -1317,6 +1317,7 @@ func TestLateClientsHoldUpNobody(t *testing.T) {
 	}
 	runServerWith(t, set, func(ts *testServer) {
 		var late atomic.Int64
+		ts.Cleanup(func() { ts.advance(time.Duration(late.Load())) }) // the clients end, also after a failure
 		for range clients {
 			ts.joinLate(&late)
 		}
@@ -1334,8 +1335,6 @@ func TestLateClientsHoldUpNobody(t *testing.T) {
 			}
 			ts.wantValidators(clients+1, int64(clients)+1)
 		}
-		ts.stop()
-		ts.advance(time.Duration(late.Load())) // the clients end
 	})
 }
 
