@@ -330,7 +330,13 @@ func BenchmarkWorstReply(b *testing.B) {
 			io.WriteString(drawer, drawLine[server])
 			go func() {
 				defer close(over)
-				wantNext(b, drawn, drawReplies[server]...)
+				for heard := ""; !strings.Contains(heard, "winning validator: "); { // after its reply, or before it
+					var err error
+					if heard, err = readMessage(drawn); err != nil {
+						b.Errorf("received %q, %v", heard, err)
+						return
+					}
+				}
 				time.Sleep(300 * time.Millisecond) // it is announced to the others meanwhile
 			}()
 			longest := time.Duration(0)
