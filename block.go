@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"proof-of-stake/internal/filelock"
@@ -107,7 +108,8 @@ func parseBlock(line []byte, index int) (Block, error) {
 	block := Block{Index: index}
 	var syntax *json.SyntaxError
 	if errors.As(json.Unmarshal(line, &block), &syntax) { // a value of another type is left out, and found below
-		return Block{}, fmt.Errorf("from byte %d on it reads %s, but a block is one JSON object", syntax.Offset, quote(text[syntax.Offset-1:]))
+		at := max(int(syntax.Offset), 1) // 0 from Go's next encoding/json
+		return Block{}, fmt.Errorf("from byte %d on it reads %s, but a block is one JSON object", at, quote(text[at-1:]))
 	}
 	if object := block.marshal(); !bytes.Equal(text, object) {
 		at := 0
@@ -248,7 +250,7 @@ func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 		return err
 	}
 	if err := file.SyncDir(); err != nil {
-		logger.Printf("warning: cannot sync the directory of %s, so a power cut may lose a new file: %v", file.Name(), err)
+		logger.Printf("warning: cannot sync the directory of %s, so a power cut may lose a new file: %v", c.fileName(), err)
 	}
 	return nil
 }
@@ -279,14 +281,14 @@ func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 				if err := c.write([]byte("\n")); err != nil {
 					return err
 				}
-				logger.Printf("%s: block %d, the last line, had no newline; it was written", c.file.Name(), index)
+				logger.Printf("%s: block %d, the last line, had no newline; it was written", c.fileName(), index)
 			}
 		case c.size+int64(len(line)) == size && isTorn(line, index):
 			if err := c.file.Truncate(c.size); err != nil {
 				return err
 			}
 			logger.Printf("%s: dropped the last %d bytes, a line that was cut short by a crash; its block was never announced",
-				c.file.Name(), len(line))
+				c.fileName(), len(line))
 			return nil
 		default:
 			return fmt.Errorf("line %d: %w", index+1, err)
@@ -349,6 +351,9 @@ func (c *Blockchain) write(text []byte) error {
 	return nil
 }
 
+// fileName returns the file's name as it may be shown on a terminal.
+func (c *Blockchain) fileName() string { return strings.Trim(strconv.Quote(c.file.Name()), `"`) }
+
 // rollBack removes what a failed write has left in the file, if it is still the chain's.
 // This need not be synced: if a crash undoes it, the file ends with a torn line or with a
 // block that was not announced.
@@ -366,11 +371,11 @@ func (c *Blockchain) rollBack() error {
 // checkFile returns an error that wraps errChainLost if something else has deleted or
 // replaced the file or changed its size, or another error if that cannot be found out.
 func (c *Blockchain) checkFile() error {
-	name := c.file.Name()
+	name := c.fileName()
 	opened, err := c.file.Stat()
 	var named fs.FileInfo
 	if err == nil {
-		named, err = os.Stat(name)
+		named, err = os.Stat(c.file.Name())
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

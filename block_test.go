@@ -1259,3 +1259,14 @@ func BenchmarkLatest(b *testing.B) {
 		})
 	}
 }
+
+// A file's name cannot drive the terminal that the log is read on.
+func TestFileNameIsEscaped(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "a\x1b[31mb.jsonl")
+	chain := open(t, name)
+	os.Remove(name)
+	err := chain.append(generateBlock(chain.head, 72, "a", time.Now()))
+	if err == nil || !strings.HasSuffix(err.Error(), `a\x1b[31mb.jsonl was deleted while the server ran`) {
+		t.Errorf("append: %v", err)
+	}
+}

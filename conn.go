@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -45,7 +44,7 @@ type server struct {
 	log           *log.Logger
 
 	mu       sync.Mutex           // guards the following
-	clients  []*client            // connected, or disconnected with a stake in the round; to write in a map's order takes a quarter longer
+	clients  []*client            // connected, or disconnected with a stake in the round
 	networks map[netip.Prefix]int // the clients of each, if maxPerAddress is set
 	refusals int                  // clients that are being refused
 
@@ -62,7 +61,7 @@ type client struct {
 	// following, which only the client's own goroutine changes.
 	mu        sync.Mutex
 	validator *validator      // nil until the stake
-	removed   <-chan struct{} // nil until it leaves; closed after the draw that ends its round
+	left      <-chan struct{} // nil until it leaves; closed after the draw that ends its round
 }
 
 func newServer(lottery *lottery, maxValidators int, logger *log.Logger) *server {
@@ -117,40 +116,39 @@ func networkOf(address net.Addr) netip.Prefix {
 func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	reason := ""
+	network := networkOf(conn.RemoteAddr())
 	switch {
 	case len(s.clients) >= s.maxValidators:
-		reason = "server full"
-	case s.maxPerAddress > 0 && s.networks[networkOf(conn.RemoteAddr())] >= s.maxPerAddress:
-		reason = "too many connections from its address"
-	}
-	switch {
-	case reason == "":
+		s.refuseLocked(conn, "server full", "server full, try again later\n")
+	case s.maxPerAddress > 0 && s.networks[network] >= s.maxPerAddress:
+		s.refuseLocked(conn, "too many connections from its address", "too many connections from your address, try again later\n")
+	default:
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // here, since later it could undo Stop's
 		c := &client{Conn: lineconn.New(conn), index: len(s.clients)}
 		s.clients = append(s.clients, c)
 		if s.maxPerAddress > 0 {
-			s.networks[networkOf(conn.RemoteAddr())]++
+			s.networks[network]++
 		}
 		s.open.Add(1)
 		go s.handleConn(ctx, c)
-	case s.refusals < maxRefusals:
-		s.refusals++
-		s.open.Add(1)
-		go s.refuse(lineconn.New(conn), reason)
-	default:
-		conn.Close()
 	}
 }
 
-// refuse tells a client why there is no room for it.
-func (s *server) refuse(conn *lineconn.Conn, reason string) {
-	defer s.open.Done()
-	s.log.Printf("%v refused: %s", conn.RemoteAddr(), reason)
-	conn.Close(strings.Replace(reason, "its", "your", 1) + ", try again later\n")
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.refusals--
+// refuseLocked tells a client why there is no room for it, unless maxRefusals are being told
+// already. s.mu must be held.
+func (s *server) refuseLocked(conn lineconn.TCPConn, reason, lastLine string) {
+	if s.refusals == maxRefusals {
+		conn.Close()
+		return
+	}
+	s.refusals++
+	s.open.Go(func() {
+		s.log.Printf("%v refused: %s", conn.RemoteAddr(), reason)
+		lineconn.New(conn).Close(lastLine)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.refusals--
+	})
 }
 
 // remove removes a client whose connection is closed.
@@ -250,7 +248,7 @@ func (s *server) propose(c *client, line []byte) error {
 	return nil
 }
 
-// reply replies how the round stands, with the prompt. It repeats the BPM: if a message
+// reply tells the client how the round stands, and prompts it. It repeats the BPM: if a message
 // arrives while the user is typing, the terminal still sends what was typed before it. With
 // fmt, the reader's stack would grow.
 func (c *client) reply(s standing) {
@@ -312,7 +310,7 @@ func (s *server) leave(ctx context.Context, c *client, err error) {
 func (s *server) awaitDraw(ctx context.Context, c *client, err error) (lastLine string) {
 	v := c.validator
 	c.mu.Lock()
-	c.removed = s.lottery.leave(v)
+	c.left = s.lottery.leave(v)
 	c.mu.Unlock()
 	how := "disconnects"
 	if isSlow(err) {
@@ -323,7 +321,7 @@ func (s *server) awaitDraw(ctx context.Context, c *client, err error) (lastLine 
 		c.Close("")
 	}
 	select {
-	case <-c.removed:
+	case <-c.left:
 	case <-ctx.Done():
 		lastLine = shuttingDown
 	}
@@ -346,9 +344,9 @@ func (s *server) announce(winner *validator, tokens int64) {
 	lastToOthers, lastToWinner := message("", ""), message(" (you)", "") // who sends no more needs no prompt
 	flush(s.enqueue(func(c *client) *lineconn.Message {
 		switch {
-		case c.removed != nil && c.validator == winner:
+		case c.left != nil && c.validator == winner:
 			return lastToWinner
-		case c.removed != nil:
+		case c.left != nil:
 			return lastToOthers
 		case c.validator == winner:
 			return toWinner
@@ -383,7 +381,7 @@ func (c *client) enqueue(messageFor func(c *client) *lineconn.Message) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	select {
-	case <-c.removed: // never if it is nil
+	case <-c.left: // never if it is nil
 		return false
 	default:
 	}

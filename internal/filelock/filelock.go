@@ -7,10 +7,10 @@ import "os"
 
 // TryLock takes an exclusive lock on the file without waiting for it. It returns
 // false if the same file, by this name or any other, is open and locked elsewhere,
-// in this process or another, and if the system refuses the lock for whatever other
-// reason. The lock lasts until the file is closed, at the latest by the end of the
-// process. Only where the system or the file system says that it has no such locks,
-// TryLock returns true without one.
+// in this process or another, or if the system refuses the lock for another reason.
+// The lock lasts until the file is closed, at the latest by the end of the process.
+// Only where the system or the file system says that it has no such locks, TryLock
+// returns true without one.
 func TryLock(file *os.File) bool {
 	return tryLock(file)
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -220,22 +221,23 @@ func (c *Conn) repliesLocked() (replies int) {
 func (c *Conn) Enqueue(m *Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	messages := 0
-	hasDroppable := c.writing != nil && c.writing.Droppable
-	for _, m := range c.queue {
-		if m.replies == 0 {
-			messages++
+	queued := 0
+	dropped := c.writing != nil && c.writing.Droppable // if m is droppable, since another one is waiting
+	for _, waiting := range c.queue {
+		if waiting.replies == 0 {
+			queued++
 		}
-		hasDroppable = hasDroppable || m.Droppable
+		dropped = dropped || waiting.Droppable
 	}
-	switch full := messages == MaxQueue; {
-	case c.closing || c.err != nil || m.Droppable && (full || hasDroppable):
-		// It is left out.
-	case full:
+	full := queued == MaxQueue
+	if c.closing || c.err != nil || (m.Droppable && (full || dropped)) {
+		return
+	}
+	if full {
 		c.failLocked(ErrQueueFull)
-	default:
-		c.queue = append(c.queue, m)
+		return
 	}
+	c.queue = append(c.queue, m)
 }
 
 // Flush writes what is queued, as far as the system takes it at once. The rest is written by
@@ -258,7 +260,7 @@ func (c *Conn) flushLocked() {
 		rest, err := tryWrite(c.conn, text)
 		switch {
 		case err != nil:
-			c.failLocked(err)
+			c.writeFailedLocked(err)
 		case len(rest) > 0:
 			c.writing, c.written = m, make(chan struct{})
 			go c.writeRest(rest)
@@ -276,7 +278,7 @@ func (c *Conn) writeRest(rest net.Buffers) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil {
-		c.failLocked(err)
+		c.writeFailedLocked(err)
 	}
 	close(c.written)
 	c.writing, c.written = nil, nil
@@ -303,6 +305,16 @@ func reason(err error) error {
 		return ErrTimeout
 	}
 	return err
+}
+
+// writeFailedLocked throws away what is queued. A client that has closed the connection may
+// have sent lines before, which are still to be read; otherwise the connection is reset. c.mu
+// must be held.
+func (c *Conn) writeFailedLocked(err error) {
+	c.queue = nil
+	if reason(err) == ErrTimeout || errors.Is(err, os.ErrDeadlineExceeded) {
+		c.failLocked(err)
+	}
 }
 
 // failLocked resets the connection because of the error, and throws away what is queued. If

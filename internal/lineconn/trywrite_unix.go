@@ -40,7 +40,7 @@ func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers, err error) {
 type try struct {
 	pieces net.Buffers
 	rest   net.Buffers // of pieces
-	err    error       // why not all was written; nil for EAGAIN
+	err    error       // why not all was written, unless it can be at another time
 	write  func(fd uintptr) bool
 }
 
@@ -50,7 +50,7 @@ var tries = sync.Pool{New: func() any {
 		for t.err = nil; len(t.rest) > 0; {
 			n, err := syscall.Write(int(fd), t.rest[0])
 			if err != nil {
-				if err != syscall.EAGAIN {
+				if err != syscall.EAGAIN && err != syscall.EINTR {
 					t.err = os.NewSyscallError("write", err)
 				}
 				break

@@ -235,3 +235,30 @@ func TestTryWriteKeepsNoText(t *testing.T) {
 		t.Error("the text is kept")
 	}
 }
+
+// What a client has sent before it closed the connection is read, although its replies can no
+// longer be written.
+func TestLinesBeforeTheCloseAreRead(t *testing.T) {
+	peer, its := accept(t, Timeout)
+	const lines = 300
+	var sent bytes.Buffer
+	for i := range lines {
+		fmt.Fprintf(&sent, "%d\n", i)
+	}
+	peer.Write(sent.Bytes()) // in one segment, which has arrived
+	peer.Close()
+	c := New(its)
+	for i := range lines {
+		line, err := c.ReadLine()
+		if err != nil || string(line) != fmt.Sprint(i) {
+			t.Fatalf("line %d: %q, %v", i, line, err)
+		}
+		c.Write([]byte("a reply"))
+		c.Enqueue(NewMessage([]byte("a message")))
+		c.Flush()
+	}
+	if line, err := c.ReadLine(); err == nil {
+		t.Errorf("after them: %q", line)
+	}
+	c.Close("")
+}
