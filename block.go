@@ -259,7 +259,7 @@ func (c *Blockchain) load(file chainFile, logger *log.Logger) error {
 // writes the newline that a whole one lacks.
 func (c *Blockchain) readBlocks(size int64, logger *log.Logger) error {
 	if c.limit == 0 {
-		c.json = make([]byte, 0, size+1<<20) // grown step by step, it would leave several times as much behind
+		c.json = make([]byte, 0, size+1<<20) // for memory; see docs/measurements.md
 	}
 	lines := bufio.NewReader(c.file)
 	for c.size < size {

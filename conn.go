@@ -196,8 +196,8 @@ func (s *server) handleConn(ctx context.Context, c *client) {
 	s.leave(ctx, c, err)
 }
 
-// stakeApart is stake in a goroutine of its own. It needs a stack of 4 kB, which the runtime
-// would not take back from the client's goroutine while that reads.
+// stakeApart is stake in a goroutine of its own, with which the stack that it needs goes; see
+// docs/measurements.md.
 func (s *server) stakeApart(c *client, line []byte) error {
 	staked := make(chan error)
 	go func() { staked <- s.stake(c, line) }()
@@ -249,8 +249,8 @@ func (s *server) propose(c *client, line []byte) error {
 }
 
 // reply tells the client how the round stands, and prompts it. It repeats the BPM: if a message
-// arrives while the user is typing, the terminal still sends what was typed before it. With
-// fmt, the reader's stack would grow.
+// arrives while the user is typing, the terminal still sends what was typed before it. For
+// why it does without fmt, see docs/measurements.md.
 func (c *client) reply(s standing) {
 	var buffer [192]byte
 	r := buffer[:0]

@@ -98,7 +98,7 @@ func (f *Filter) Next(line, input []byte, limit int) (text, rest []byte, end End
 				continue // other control characters do nothing
 			}
 			line = append(line, b)
-			n := printable(input[:min(len(input), limit+1-len(line))]) // several times as fast as one by one
+			n := printable(input[:min(len(input), limit+1-len(line))]) // for speed; see docs/measurements.md
 			line = append(line, input[:n]...)
 			input = input[n:]
 			if len(line) > limit {
