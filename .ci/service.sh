@@ -62,15 +62,21 @@ systemctl() {
 
 # image makes the directory that is the image's root.
 image() {
-	local step words
+	local step words owner target
 	root=$work/root user='' directory='' entrypoint=''
 	mkdir "$root"
 	while read -r step words; do
 		case $step in
 		FROM) [[ $words == scratch ]] ;;
-		COPY) cp "$host/${words% *}" "$root${words#* }" ;;
+		COPY)
+			owner=root:root
+			[[ $words != --chown=* ]] || owner=${words%% *} owner=${owner#*=} words=${words#* }
+			target=$root${words#* }
+			[[ $target != */ ]] || target+=${words% *}
+			cp -r "$host/${words% *}" "$target" && chown -R "$owner" "$target"
+			;;
 		USER) user=$words && [[ $user == [1-9]*:[1-9]* ]] ;;
-		WORKDIR) directory=$words && mkdir "$root$words" && chown "$user" "$root$words" ;;
+		WORKDIR) directory=$words && mkdir -p "$root$words" ;; # root's, as some builders make it
 		VOLUME) [[ $words == "$directory" ]] ;;
 		ENTRYPOINT) entrypoint=$(jq -r '.[0]' <<<"$words") ;;
 		*) false ;;
@@ -131,7 +137,7 @@ run_service_command() {
 		mkdir -p "$host/usr/local/bin"
 		cp proof-of-stake "$host"
 		;;
-	'sudo install '* | 'sudo cp backup.jsonl '*)
+	'sudo install '* | 'sudo cp backup.jsonl '* | 'mkdir chain')
 		on_host "$command"
 		;;
 	'sudo systemctl enable '*)
@@ -189,7 +195,7 @@ run_service_command() {
 		end "$service"
 		! ip netns exec "$network" bash -c "$command" || fail "'$command' succeeds without a server"
 		;;
-	'docker stop '* | 'sudo ufw '*) # container does the one, the other would change this machine
+	'docker stop '* | 'docker start '* | 'sudo ufw '*) # container does the one, the other would change this machine
 		return
 		;;
 	*)
