@@ -66,6 +66,7 @@ type TCPConn interface {
 // ergo's irc/socket.go is the model.
 type Conn struct {
 	conn TCPConn
+	raw  syscall.RawConn // of conn; nil if it has none, as in tests
 
 	mu       sync.Mutex // guards the following; held but for Read, and for writes that wait
 	filter   telnet.Filter
@@ -81,7 +82,13 @@ type Conn struct {
 }
 
 // New returns a Conn for the connection.
-func New(conn TCPConn) *Conn { return &Conn{conn: conn} }
+func New(conn TCPConn) *Conn {
+	c := &Conn{conn: conn}
+	if socket, ok := conn.(syscall.Conn); ok {
+		c.raw, _ = socket.SyscallConn()
+	}
+	return c
+}
 
 // RemoteAddr returns the client's address.
 func (c *Conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
@@ -257,7 +264,7 @@ func (c *Conn) flushLocked() {
 		if m.crlf != nil && c.filter.CRLF() {
 			text = m.crlf
 		}
-		rest, err := tryWrite(c.conn, text)
+		rest, err := tryWrite(c.raw, text)
 		switch {
 		case err != nil:
 			c.writeFailedLocked(err)

@@ -5,8 +5,9 @@ package lineconn
 import (
 	"net"
 	"slices"
+	"syscall"
 )
 
-func tryWrite(_ net.Conn, pieces [][]byte) (rest net.Buffers, err error) {
+func tryWrite(_ syscall.RawConn, pieces [][]byte) (rest net.Buffers, err error) {
 	return slices.Clone(pieces), nil
 }

@@ -10,21 +10,16 @@ import (
 	"syscall"
 )
 
-// tryWrite writes as much of the pieces as the system takes at once, and returns the rest.
-// It never waits.
-func tryWrite(conn net.Conn, pieces [][]byte) (rest net.Buffers, err error) {
-	socket, ok := conn.(syscall.Conn)
-	if !ok {
+// tryWrite writes as much of the pieces as the system takes at once, which is nothing if conn
+// is nil, and returns the rest. It never waits.
+func tryWrite(conn syscall.RawConn, pieces [][]byte) (rest net.Buffers, err error) {
+	if conn == nil {
 		return slices.Clone(pieces), nil
-	}
-	raw, err := socket.SyscallConn()
-	if err != nil {
-		return nil, err
 	}
 	t := tries.Get().(*try)
 	t.pieces = append(t.pieces[:0], pieces...)
 	t.rest = t.pieces
-	if err = raw.Write(t.write); err == nil {
+	if err = conn.Write(t.write); err == nil {
 		err = t.err
 	}
 	if len(t.rest) > 0 {
