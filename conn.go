@@ -270,7 +270,7 @@ func (c *client) reply(s standing) {
 	if s.proposed {
 		r = strconv.AppendInt(r, int64(s.bpm), 10)
 		r = append(r, ": "...)
-		r = strconv.AppendInt(r, s.stake, 10)
+		r = strconv.AppendInt(r, c.validator.stake, 10)
 		r = append(r, " of "...)
 	}
 	r = strconv.AppendInt(r, s.tokens, 10)

@@ -274,15 +274,15 @@ func (c *testClient) halfClose() {
 
 const rule = "Each round, enter a whole number to propose a block; anything else forfeits the tokens."
 
-// standingText is how a round stands, and the prompt.
-func standingText(s standing) string {
+// standingText is how a round stands for who has so much at stake, and the prompt.
+func standingText(s standing, stake int) string {
 	text := fmt.Sprintf("no BPM for block %d yet: ", s.index)
 	if s.proposed {
 		already := " already"
 		if s.added {
 			already = ""
 		}
-		text = fmt.Sprintf("block %d%s proposed with BPM %d: %d of ", s.index, already, s.bpm, s.stake)
+		text = fmt.Sprintf("block %d%s proposed with BPM %d: %d of ", s.index, already, s.bpm, stake)
 	}
 	return text + fmt.Sprintf("%d tokens so far, draw in %v\n%s", s.tokens, s.drawIn.Round(time.Second), bpmPrompt)
 }
@@ -294,17 +294,17 @@ func (c *testClient) greets(index, tokens int, drawIn time.Duration) string {
 
 // noBPM is how a round of so many tokens stands for who has no block in it.
 func noBPM(index, tokens int, drawIn time.Duration) string {
-	return standingText(standing{index: index, tokens: int64(tokens), drawIn: drawIn})
+	return standingText(standing{index: index, tokens: int64(tokens), drawIn: drawIn}, 0)
 }
 
 // proposes is the reply to the client's first BPM in a round.
 func (c *testClient) proposes(index, bpm, tokens int, drawIn time.Duration) string {
-	return standingText(standing{index, true, true, bpm, int64(c.stake), int64(tokens), drawIn})
+	return standingText(standing{index, bpm, int64(tokens), drawIn, true, true}, c.stake)
 }
 
 // stands is the reply to its others, and to an empty line from then on.
 func (c *testClient) stands(index, bpm, tokens int, drawIn time.Duration) string {
-	return standingText(standing{index, true, false, bpm, int64(c.stake), int64(tokens), drawIn})
+	return standingText(standing{index, bpm, int64(tokens), drawIn, true, false}, c.stake)
 }
 
 // wins is what all others receive if the client wins a draw of so many tokens.

@@ -145,13 +145,12 @@ func (l *lottery) join(stake int64, from string) *validator {
 
 // A standing is how the open round stands for a validator.
 type standing struct {
-	index    int  // of the block that the winner gets
-	proposed bool // the validator has a candidate
-	added    bool // by this very call
-	bpm      int  // of the candidate
-	stake    int64
+	index    int           // of the block that the winner gets
+	bpm      int           // of the validator's candidate, if it has proposed one
 	tokens   int64         // of all that have a candidate so far
 	drawIn   time.Duration // until the next tick
+	proposed bool
+	added    bool // by this very call
 }
 
 // standing returns how the open round stands for the validator.
@@ -159,21 +158,6 @@ func (l *lottery) standing(v *validator) standing {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.standingLocked(v)
-}
-
-// standingLocked is standing. l.mu must be held.
-func (l *lottery) standingLocked(v *validator) standing {
-	s := standing{
-		index:    l.round.index,
-		proposed: l.round.has(v),
-		stake:    v.stake,
-		tokens:   l.round.pool.total,
-		drawIn:   l.roundInterval - time.Since(l.lastTick)%l.roundInterval,
-	}
-	if s.proposed {
-		s.bpm = l.round.tempBlocks[v.index].bpm
-	}
-	return s
 }
 
 // propose makes a candidate for the validator, unless it has one in this round.
@@ -186,6 +170,20 @@ func (l *lottery) propose(v *validator, bpm int) standing {
 	}
 	s := l.standingLocked(v)
 	s.added = added
+	return s
+}
+
+// standingLocked is standing. l.mu must be held.
+func (l *lottery) standingLocked(v *validator) standing {
+	s := standing{
+		index:    l.round.index,
+		tokens:   l.round.pool.total,
+		drawIn:   l.roundInterval - time.Since(l.lastTick)%l.roundInterval,
+		proposed: l.round.has(v),
+	}
+	if s.proposed {
+		s.bpm = l.round.tempBlocks[v.index].bpm
+	}
 	return s
 }
 
