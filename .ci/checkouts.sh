@@ -30,6 +30,20 @@ owner() {
 	pass "another user's checkout"
 }
 
+# make builds this checkout for this machine, whatever the environment has for go.
+environment() {
+	mkdir "$work/workspace"
+	git clone -q . "$work/workspace/checkout"
+	echo 'go 1.25' >"$work/workspace/go.work" # which does not name the checkout
+	(
+		cd "$work/workspace/checkout"
+		export GOOS=windows GOARCH=arm64 GOFLAGS=-mod=vendor GO111MODULE=off
+		make build && [[ $(./proof-of-stake -h) == 'Usage: proof-of-stake'* ]] || fail 'make build fails with another system in the environment'
+		[[ $(make -n test | grep '^go ') == 'go test -race '* ]] || fail 'make test has no race detector with another system in the environment'
+	)
+	pass 'a go.work above, and another system in the environment'
+}
+
 processors() {
 	local tests
 	tests=$(grep -o '^func Test[A-Za-z]*' lottery_test.go | cut -d' ' -f2 | paste -sd'|')
@@ -39,4 +53,5 @@ processors() {
 
 carriage_returns
 owner
+environment
 processors
