@@ -371,7 +371,6 @@ func (c *Blockchain) rollBack() error {
 // checkFile returns an error that wraps errChainLost if something else has deleted or
 // replaced the file or changed its size, or another error if that cannot be found out.
 func (c *Blockchain) checkFile() error {
-	name := c.fileName()
 	opened, err := c.file.Stat()
 	var named fs.FileInfo
 	if err == nil {
@@ -379,15 +378,15 @@ func (c *Blockchain) checkFile() error {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, name)
+		return fmt.Errorf("%w: %s was deleted while the server ran", errChainLost, c.fileName())
 	case err != nil:
 		return err
 	case !os.SameFile(opened, named):
-		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, name)
+		return fmt.Errorf("%w: %s was replaced by another file while the server ran", errChainLost, c.fileName())
 	case opened.Size() > c.size+c.tail:
-		return fmt.Errorf("%w: %s was made longer by something else while the server ran: from %d to %d bytes", errChainLost, name, c.size+c.tail, opened.Size())
+		return fmt.Errorf("%w: %s was made longer by something else while the server ran: from %d to %d bytes", errChainLost, c.fileName(), c.size+c.tail, opened.Size())
 	case opened.Size() < c.size:
-		return fmt.Errorf("%w: %s was made shorter by something else while the server ran: from %d to %d bytes", errChainLost, name, c.size, opened.Size())
+		return fmt.Errorf("%w: %s was made shorter by something else while the server ran: from %d to %d bytes", errChainLost, c.fileName(), c.size, opened.Size())
 	}
 	return nil
 }

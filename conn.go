@@ -112,23 +112,32 @@ func networkOf(address net.Addr) netip.Prefix {
 	return network
 }
 
+// countLocked counts n more clients of the address's network, if maxPerAddress is set. s.mu
+// must be held.
+func (s *server) countLocked(address net.Addr, n int) {
+	if s.maxPerAddress == 0 {
+		return
+	}
+	network := networkOf(address)
+	if s.networks[network] += n; s.networks[network] == 0 {
+		delete(s.networks, network)
+	}
+}
+
 // accept starts to serve a client, if there is room for it.
 func (s *server) accept(ctx context.Context, conn lineconn.TCPConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	network := networkOf(conn.RemoteAddr())
 	switch {
 	case len(s.clients) >= s.maxValidators:
 		s.refuseLocked(conn, "server full", "server full, try again later\n")
-	case s.maxPerAddress > 0 && s.networks[network] >= s.maxPerAddress:
+	case s.maxPerAddress > 0 && s.networks[networkOf(conn.RemoteAddr())] >= s.maxPerAddress:
 		s.refuseLocked(conn, "too many connections from its address", "too many connections from your address, try again later\n")
 	default:
 		conn.SetReadDeadline(time.Now().Add(balanceLimit)) // here, since later it could undo Stop's
 		c := &client{Conn: lineconn.New(conn), index: len(s.clients)}
 		s.clients = append(s.clients, c)
-		if s.maxPerAddress > 0 {
-			s.networks[network]++
-		}
+		s.countLocked(conn.RemoteAddr(), 1)
 		s.open.Add(1)
 		go s.handleConn(ctx, c)
 	}
@@ -160,12 +169,7 @@ func (s *server) remove(c *client) {
 	s.clients[c.index] = s.clients[last]
 	s.clients[c.index].index = c.index
 	s.clients = slices.Delete(s.clients, last, last+1)
-	if s.maxPerAddress > 0 {
-		network := networkOf(c.RemoteAddr())
-		if s.networks[network]--; s.networks[network] == 0 {
-			delete(s.networks, network)
-		}
-	}
+	s.countLocked(c.RemoteAddr(), -1)
 }
 
 // parseNumber returns the number in the line, from low to high, or else a LineError.

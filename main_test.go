@@ -517,20 +517,27 @@ func TestPlacesOfAddresses(t *testing.T) {
 	}
 }
 
-// A second Ctrl-C ends the program at once, even while it waits for clients.
-func TestSecondInterrupt(t *testing.T) {
-	t.Parallel()
+// signalAgainAndAgain has the program stop by the signal, which it then sends, while the program
+// waits for a client to close, until it has ended. The error is that of Wait.
+func signalAgainAndAgain(t *testing.T, signal os.Signal) (*process, error) {
+	t.Helper()
 	p := start(t, "CHAIN_FILE=")
 	c := p.dial(t)
 	wantNext(t, c, balancePrompt)
-	p.Process.Signal(os.Interrupt)
-	wantNext(t, c, shuttingDown) // and now it waits for the client to close
+	p.Process.Signal(signal)
+	wantNext(t, c, shuttingDown)
 	go func() {
-		for p.Process.Signal(os.Interrupt) == nil { // until one comes after the first has been handled
-			<-time.After(100 * time.Millisecond)
+		for p.Process.Signal(signal) == nil { // the next may come before the first has been handled
+			<-time.After(10 * time.Millisecond)
 		}
 	}()
-	p.Wait()
+	return p, p.Wait()
+}
+
+// A second Ctrl-C ends the program at once, even while it waits for clients.
+func TestSecondInterrupt(t *testing.T) {
+	t.Parallel()
+	p, _ := signalAgainAndAgain(t, os.Interrupt)
 	if status := p.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != syscall.SIGINT {
 		t.Errorf("it ended with %v, want by the signal", p.ProcessState)
 	}
@@ -539,17 +546,7 @@ func TestSecondInterrupt(t *testing.T) {
 // When its terminal is closed the program stops as by SIGTERM, however often it hears of it.
 func TestHangup(t *testing.T) {
 	t.Parallel()
-	p := start(t, "CHAIN_FILE=")
-	c := p.dial(t)
-	wantNext(t, c, balancePrompt)
-	p.Process.Signal(syscall.SIGHUP)
-	wantNext(t, c, shuttingDown) // and now it waits for the client to close
-	go func() {
-		for p.Process.Signal(syscall.SIGHUP) == nil {
-			<-time.After(10 * time.Millisecond)
-		}
-	}()
-	if err := p.Wait(); err != nil {
+	if _, err := signalAgainAndAgain(t, syscall.SIGHUP); err != nil {
 		t.Errorf("after SIGHUP: %v, want exit status 0", err)
 	}
 }

@@ -166,7 +166,7 @@ func (c *Conn) ReadLine() ([]byte, error) {
 		c.next = uint8(len(line))
 		c.received = c.next + uint8(n)
 		c.ended = err == io.EOF
-		if reason(err) == ErrTimeout {
+		if isTimeout(err) {
 			c.failLocked(ErrTimeout)
 		}
 		if c.err != nil {
@@ -229,15 +229,15 @@ func (c *Conn) Enqueue(m *Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	queued := 0
-	dropped := c.writing != nil && c.writing.Droppable // if m is droppable, since another one is waiting
+	droppable := c.writing != nil && c.writing.Droppable // whether such a message is queued or being written
 	for _, waiting := range c.queue {
 		if waiting.replies == 0 {
 			queued++
 		}
-		dropped = dropped || waiting.Droppable
+		droppable = droppable || waiting.Droppable
 	}
 	full := queued == MaxQueue
-	if c.closing || c.err != nil || (m.Droppable && (full || dropped)) {
+	if c.closing || c.err != nil || (m.Droppable && (full || droppable)) {
 		return
 	}
 	if full {
@@ -306,21 +306,21 @@ func (c *Conn) waitLocked() {
 // Windows') or, if it knows of one, what has kept its packets from the client.
 var timeouts = []error{syscall.ETIMEDOUT, syscall.Errno(10060), syscall.EHOSTUNREACH, syscall.ENETUNREACH}
 
-// reason returns ErrTimeout for one of the timeouts, and any other err as it is.
-func reason(err error) error {
-	if slices.ContainsFunc(timeouts, func(timeout error) bool { return errors.Is(err, timeout) }) {
-		return ErrTimeout
-	}
-	return err
+// isTimeout reports whether err is one of the timeouts.
+func isTimeout(err error) bool {
+	return slices.ContainsFunc(timeouts, func(timeout error) bool { return errors.Is(err, timeout) })
 }
 
-// writeFailedLocked throws away what is queued. A client that has closed the connection may
-// have sent lines before, which are still to be read; otherwise the connection is reset. c.mu
-// must be held.
+// writeFailedLocked resets the connection, or only throws away what is queued if the client
+// has closed it: lines that it sent before are still to be read. c.mu must be held.
 func (c *Conn) writeFailedLocked(err error) {
-	c.queue = nil
-	if reason(err) == ErrTimeout || errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case isTimeout(err):
+		c.failLocked(ErrTimeout)
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		c.failLocked(err)
+	default:
+		c.queue = nil
 	}
 }
 
@@ -328,7 +328,7 @@ func (c *Conn) writeFailedLocked(err error) {
 // the system has given up the client, that is the reason, although it says so only once, to
 // who reads or to who writes. c.mu must be held.
 func (c *Conn) failLocked(err error) {
-	if err = reason(err); c.err == nil || err == ErrTimeout {
+	if c.err == nil || err == ErrTimeout {
 		c.err = err
 	}
 	c.queue = nil

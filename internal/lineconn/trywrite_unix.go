@@ -18,7 +18,7 @@ func tryWrite(conn syscall.RawConn, pieces [][]byte) (rest net.Buffers, err erro
 	}
 	t := tries.Get().(*try)
 	t.pieces = append(t.pieces[:0], pieces...)
-	t.rest = t.pieces
+	t.rest, t.err = t.pieces, nil
 	if err = conn.Write(t.write); err == nil {
 		err = t.err
 	}
@@ -41,7 +41,7 @@ type try struct {
 var tries = sync.Pool{New: func() any {
 	t := new(try)
 	t.write = func(fd uintptr) bool {
-		for t.err = nil; len(t.rest) > 0; {
+		for len(t.rest) > 0 {
 			n, err := syscall.Write(int(fd), t.rest[0])
 			if err != nil {
 				if err != syscall.EAGAIN && err != syscall.EINTR {
